@@ -1,0 +1,77 @@
+# From a fresh clone, with nothing but Python 3.11 or newer:
+#   make demo    train the embedded model on this machine
+#   make test    the tests
+# A run's options go into ARGS: make demo ARGS="--iterations 20 --seed 1"
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The first of these that runs and is new enough; PYTHON=/path/to/python overrides it.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+    echo $$python; break; fi; done)
+
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:
+	@echo "make setup      create $(VENV) and install diffusion-grpo into it"
+	@echo "make demo       fine-tune the embedded model; pictures before and after"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run the tests that take more than a minute each"
+	@echo "make lint       check style and types"
+	@echo "make bench      measure speed; ARGS are handed to diffusion-grpo bench"
+	@echo "make clean      remove $(VENV) and caches; runs/ stays"
+
+$(VENV)/.created:
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "No Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python" >&2; \
+	  exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) does not run or is older than Python 3.11; expected 3.11 or newer" >&2; \
+	  exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) has no working venv module (on Debian and Ubuntu: install python3-venv)" >&2; \
+	  exit 1; }
+	@touch $@
+
+# One stamp for each set of dependencies; pyproject.toml is newer when they changed.
+$(VENV)/.run: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --no-compile --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	@touch $@ $(VENV)/.run
+
+setup: $(VENV)/.run
+
+# A run directory is never overwritten: runs/demo, then runs/demo-2, runs/demo-3, ...
+demo: $(VENV)/.run
+	@output=runs/demo; number=1; \
+	while [ -e "$$output" ]; do number=$$((number + 1)); output=runs/demo-$$number; done; \
+	$(BIN)/diffusion-grpo train demo --output "$$output" $(ARGS) && \
+	echo "Pictures before and after: $$output/samples/   The trained model: $$output/final/"
+
+test: $(VENV)/.test
+	$(BIN)/pytest -n auto $(ARGS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/pytest -n auto -m slow $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: $(VENV)/.run
+	$(BIN)/diffusion-grpo bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,352 @@
+"""Everything that decides a run: its sections, their fit, presets, YAML files and flags."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.fields import Section, update_section
+from diffusion_grpo.reward_specs import RewardSpec, parse_reward_specs
+from diffusion_grpo.sections import (
+    SHORT_FLAGS,
+    EvalConfig,
+    GRPOOptions,
+    ModelConfig,
+    OptimConfig,
+    PromptsConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "EvalConfig",
+    "GRPOOptions",
+    "ModelConfig",
+    "OptimConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "describe_preset",
+    "from_dict",
+    "load_config",
+    "to_yaml",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig(options=("clip.model=shapes-clip",))
+    grpo: GRPOOptions = GRPOOptions()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
+
+    def training_rewards(self) -> list[RewardSpec]:
+        """Return the rewards that are trained on, with their weights and options."""
+        return parse_reward_specs(
+            self.reward.rewards, _options_of(self.reward.rewards, self.reward.options)
+        )
+
+    def gold_rewards(self) -> list[RewardSpec]:
+        """Return the rewards that only evaluation sees, with their options."""
+        gold = self.eval.gold
+        return parse_reward_specs(gold, _options_of(gold, self.reward.options)) if gold else []
+
+    def validate(self) -> None:
+        """Check that the sections fit each other.
+
+        Raises:
+            UsageError: P x G is no multiple of a microbatch; more gradient steps than steps; a
+                ratio without noise; gain weights with too few steps; a malformed reward, one that
+                is both trained on and gold, or an option of neither.
+        """
+        # Together, so that an option of no reward and a reward in both lists are found.
+        parse_reward_specs((*self.reward.rewards, *self.eval.gold), self.reward.options)
+        _check_microbatch("rollout.microbatch", self.rollout.microbatch, self.rollout)
+        _check_microbatch("grpo.microbatch", self.grpo.microbatch, self.rollout)
+        steps, gradient_steps = self.rollout.num_steps, self.grpo.gradient_steps
+        if gradient_steps is not None and gradient_steps > steps:
+            raise UsageError(
+                f"grpo.gradient_steps is {gradient_steps}, but rollout.num_steps is {steps}; "
+                f"expected at most {steps}, or None for all of them"
+            )
+        if self.rollout.eta == 0:
+            raise UsageError(
+                f"rollout.eta is 0, so no step has a density and grpo.ratio = {self.grpo.ratio!r} "
+                "has nothing to compare; expected a number above 0, such as 1"
+            )
+        window = self.rollout.window_size
+        if window is not None and self.rollout.window_start + window > steps:
+            raise UsageError(
+                f"rollout.window_start is {self.rollout.window_start} and window_size is {window}, "
+                f"but rollout.num_steps is {steps}; expected a window within the {steps} steps"
+            )
+        if self.grpo.step_weights == "gain" and (window or steps) < 2:
+            raise UsageError(
+                f"grpo.step_weights is 'gain', which drops the last noisy step, but there is only "
+                f"{window or steps}; expected 2 steps or more, or 'uniform' weights"
+            )
+
+
+def _options_of(rewards: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
+    """Return those `NAME.OPTION=VALUE` whose NAME is one of the rewards."""
+    names = {spec.name for spec in parse_reward_specs(rewards)}
+    return tuple(
+        option for option in options if option.partition("=")[0].rpartition(".")[0] in names
+    )
+
+
+def _check_microbatch(name: str, microbatch: int, rollout: RolloutConfig) -> None:
+    """Raise a `UsageError` unless the images of an iteration divide into microbatches."""
+    total = rollout.num_images
+    if total % microbatch == 0:
+        return
+    divisors = [size for size in range(1, total + 1) if total % size == 0]
+    near = [max(size for size in divisors if size < microbatch)]
+    near += [size for size in divisors if size > microbatch][:1]
+    raise UsageError(
+        f"{name} is {microbatch}, but an iteration has {rollout.prompts_per_iteration} prompts x "
+        f"{rollout.images_per_prompt} images = {total} images; expected a divisor of {total}, the "
+        f"nearest {'is' if len(near) == 1 else 'are'} {' and '.join(map(str, near))}"
+    )
+
+
+def demo() -> Config:
+    """The embedded shapes model toward the embedded CLIP score: minutes on two CPU cores."""
+    return Config(
+        model=ModelConfig(pretrained="shapes-diffusion", trainable="full"),
+        rollout=RolloutConfig(
+            prompts_per_iteration=8,
+            images_per_prompt=8,
+            num_steps=10,
+            guidance_scale=3.0,
+            microbatch=64,
+        ),
+        grpo=GRPOOptions(clip_low=4e-3, clip_high=4e-3, step_weights="gain", microbatch=32),
+        optim=OptimConfig(warmup_iterations=4),
+        eval=EvalConfig(num_prompts=64, images_per_prompt=2, num_steps=10),
+        run=RunConfig(output="runs/demo", iterations=60),
+    )
+
+
+def sd15() -> Config:
+    """Stable Diffusion 1.5 at 512 x 512, a LoRA adapter in bfloat16, toward a CLIP score."""
+    return Config(
+        model=ModelConfig(
+            pretrained="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            dtype="bfloat16",
+            trainable="lora",
+            lora_rank=16,
+            lora_alpha=16.0,
+            gradient_checkpointing=True,
+        ),
+        prompts=PromptsConfig(train="animals", heldout="animals_heldout"),
+        rollout=RolloutConfig(
+            prompts_per_iteration=16,
+            images_per_prompt=16,
+            num_steps=20,
+            guidance_scale=5.0,
+            microbatch=16,
+            height=512,
+            width=512,
+        ),
+        reward=RewardConfig(
+            rewards=("clip=1.0",), options=("clip.model=openai/clip-vit-base-patch32",)
+        ),
+        grpo=GRPOOptions(microbatch=8),
+        optim=OptimConfig(learning_rate=3e-4),
+        eval=EvalConfig(every=20, num_steps=50),
+        run=RunConfig(output="runs/sd15", iterations=200, save_every=20),
+    )
+
+
+_PRESET_FUNCTIONS = {"demo": demo, "sd15": sd15}
+
+PRESETS: dict[str, Config] = {name: preset() for name, preset in _PRESET_FUNCTIONS.items()}
+
+
+def describe_preset(name: str) -> str:
+    """Return the one line that says what a preset is."""
+    return (_PRESET_FUNCTIONS[name].__doc__ or "").strip()
+
+
+def load_config(
+    preset_or_yaml: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    prog: str = "diffusion-grpo train",
+) -> Config:
+    """Build and validate a run's configuration: a preset or a file, then flags on top.
+
+    Args:
+        preset_or_yaml: the name of a preset; or the path of a YAML file with the fields of
+            `Config`, which may name the `preset` it starts from; or None for the defaults.
+        overrides: flags such as `["--grpo.clip-low", "1e-3"]`; `--help` prints all of them.
+        prog: the command that `--help` shows.
+
+    Returns:
+        The configuration, validated.
+
+    Raises:
+        UsageError: an unknown preset, file, field or flag (with the nearest one), or a value that
+            a field or `Config.validate` refuses.
+        SystemExit: with code 0, after `--help`.
+    """
+    config = _parse_flags(_starting_point(preset_or_yaml), overrides, prog)
+    config.validate()
+    return config
+
+
+def from_dict(
+    values: Mapping[Any, Any], *, base: Config | None = None, source: str = "config"
+) -> Config:
+    """Return a configuration with the fields of a nested mapping, strictly.
+
+    Args:
+        values: section names to mappings of field names to values.
+        base: where fields that are not given come from; the defaults unless given.
+        source: what the values were read from, for the messages.
+
+    Raises:
+        UsageError: an unknown section or field (with the nearest one), or a wrong value.
+    """
+    base = base or Config()
+    sections: dict[str, Section] = {
+        field.name: getattr(base, field.name) for field in dataclasses.fields(base)
+    }
+    for name, fields in values.items():
+        if name not in sections:
+            raise UsageError(
+                f"{source}: unknown field {name!r}{suggest(str(name), sections)}; expected "
+                f"{', '.join(sections)}"
+            )
+        if not isinstance(fields, Mapping):
+            raise UsageError(f"{source}: {name} is {fields!r}; expected a mapping of its fields")
+        sections[name] = update_section(sections[name], fields, source=source)
+    return _drop_inherited_options(base, dataclasses.replace(base, **sections))
+
+
+def to_yaml(config: Config) -> str:
+    """Return the configuration as YAML text; `load_config` reads it back to an equal one."""
+    plain = {
+        section: {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+        }
+        for section, fields in dataclasses.asdict(config).items()
+    }
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _starting_point(preset_or_yaml: str | None) -> Config:
+    """Return what flags are laid over: the defaults, a preset, or a file."""
+    if preset_or_yaml is None:
+        return Config()
+    if preset_or_yaml in PRESETS:
+        return PRESETS[preset_or_yaml]
+    path = Path(preset_or_yaml).expanduser()
+    if path.is_file():
+        return _read_yaml(path)
+    if path.suffix in (".yaml", ".yml") or path.name != preset_or_yaml:
+        raise UsageError(f"config file {preset_or_yaml!r}: no such file")
+    raise UsageError(
+        f"unknown preset {preset_or_yaml!r}{suggest(preset_or_yaml, PRESETS)}; expected "
+        f"{', '.join(PRESETS)}, or the path of a YAML file"
+    )
+
+
+def _read_yaml(path: Path) -> Config:
+    """Read a configuration file, from the preset that it names or from the defaults."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{path}: expected a mapping of sections such as 'model' or 'rollout'")
+    values = dict(values)
+    preset = values.pop("preset", None)
+    if preset is not None and preset not in list(PRESETS):  # it may be of any type
+        raise UsageError(
+            f"{path}: unknown preset {preset!r}{suggest(str(preset), PRESETS)}; expected "
+            f"{', '.join(PRESETS)}"
+        )
+    return from_dict(values, base=PRESETS[preset] if preset else None, source=str(path))
+
+
+def _parse_flags(config: Config, flags: Sequence[str], prog: str) -> Config:
+    """Lay command-line flags over a configuration; tyro's complaints become a `UsageError`."""
+    _reject_unknown_flags(flags)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = tyro.cli(
+                Config,
+                default=config,
+                args=list(flags),
+                prog=prog,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        cause: BaseException | None = stop
+        while cause is not None:  # a section's own refusal, without tyro's frame around it
+            if isinstance(cause, UsageError):
+                raise cause from None
+            cause = cause.__context__
+        raise UsageError(_plain_text(complaint.getvalue())) from None
+    return _drop_inherited_options(config, parsed)
+
+
+def _drop_inherited_options(base: Config, config: Config) -> Config:
+    """Leave out the base's options of rewards that were replaced: they went with them."""
+    rewards = (*config.reward.rewards, *config.eval.gold)
+    in_use = _options_of(rewards, config.reward.options)
+    options = tuple(
+        option
+        for option in config.reward.options
+        if option in in_use or option not in base.reward.options
+    )
+    return dataclasses.replace(config, reward=dataclasses.replace(config.reward, options=options))
+
+
+def _reject_unknown_flags(flags: Sequence[str]) -> None:
+    """Raise a `UsageError` for a flag that does not exist, with the nearest that does."""
+    known = {"--help", *SHORT_FLAGS}
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(getattr(Config, section.name)):
+            known.add(f"--{section.name}.{field.name}".replace("_", "-"))
+    for flag in flags:
+        name = flag.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and name not in known:
+            last = {choice.rpartition(".")[2]: choice for choice in sorted(known)}
+            near = suggest(name, known)
+            if not near and name.removeprefix("--") in last:  # --clip-low for --grpo.clip-low
+                near = f" (did you mean {last[name.removeprefix('--')]!r}?)"
+            raise UsageError(f"unknown option {flag.partition('=')[0]!r}{near}; --help lists all")
+
+
+def _plain_text(box: str) -> str:
+    """Return the text of tyro's framed message as one line, without its title and footer."""
+    text = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]|-{3,}", " ", box)
+    text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"\s*(Argument helptext:|For full helptext).*$", "", text)
+    return re.sub(r"^(Value error|Invalid choice|Missing argument|Unrecognized options) ", "", text)

@@ -1,0 +1,122 @@
+"""Held-out prompts at fixed seeds.
+
+The images have the same prompts and the same noise before, during and after training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_grpo.config import Config
+from diffusion_grpo.pipeline import (
+    TrainablePolicy,
+    encode_prompts,
+    latent_shape,
+    make_decoder,
+    make_sampler,
+    padded_chunks,
+)
+from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.prompts import Prompt
+from diffusion_grpo.reward import RewardSet
+from diffusion_grpo.rollout import image_keys, initial_noise
+from diffusion_grpo.schedule import make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What the model drew for the held-out prompts, and how it was scored.
+
+    Attributes:
+        images: uint8 `[N, H, W, 3]`, prompt by prompt.
+        prompts: N texts.
+        scores: reward name → float32 `[N]`; `total` is the weighted sum that training maximizes.
+    """
+
+    images: np.ndarray
+    prompts: list[str]
+    scores: dict[str, np.ndarray]
+
+    def metrics(self) -> dict[str, float]:
+        """Return `reward/mean`, `reward/standard_error` and each reward's `reward/<name>/mean`."""
+        total = self.scores["total"]
+        return {
+            "reward/mean": float(total.mean()),
+            "reward/standard_error": standard_error(total),
+        } | {f"reward/{k}/mean": float(v.mean()) for k, v in self.scores.items() if k != "total"}
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of a mean, s/√N with the sample standard deviation (divisor N−1)."""
+    if len(values) < 2:
+        return math.nan
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+class Evaluator:
+    """Everything an evaluation needs but the trained parameters, prepared once a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: StableDiffusion,
+        policy: TrainablePolicy,
+        prompts: Sequence[Prompt],
+        rewards: RewardSet,
+        gold: RewardSet | None,
+    ):
+        """Encode the prompts and draw their initial noise.
+
+        Args:
+            config: the run's.
+            model: the pipeline.
+            policy: the split UNet.
+            prompts: held-out prompts; the first `eval.num_prompts` are used.
+            rewards: what is trained on.
+            gold: what is not; measured only.
+        """
+        options, rollout = config.eval, config.rollout
+        chosen = list(enumerate(prompts[: options.num_prompts]))
+        repeated = [(i, p, g) for i, p in chosen for g in range(options.images_per_prompt)]
+        self.texts = [p.text for _, p, _ in repeated]
+        self.metadata = [p.metadata for _, p, _ in repeated]
+        self._rewards, self._gold = rewards, gold
+        self._policy = policy
+        self._schedule = make_schedule(model.scheduler_config, options.num_steps, eta=options.eta)
+        self._embeddings = encode_prompts(model, [*self.texts, rollout.negative_prompt])
+        index = np.array([i for i, _, _ in repeated]), np.array([g for _, _, g in repeated])
+        shape = latent_shape(model, rollout.height, rollout.width)
+        self._initial = initial_noise(
+            image_keys(options.seed, 0, *index, "evaluation_initial"), shape
+        )
+        self._keys = image_keys(options.seed, 0, *index, "evaluation_step")
+        self._draw = make_sampler(policy)
+        self._decode = make_decoder(model)
+        self._chunk = rollout.microbatch
+
+    def __call__(self, trained: Any) -> Evaluation:
+        """Draw and score with the given trained parameters."""
+        count = len(self.texts)
+        images = []
+        for rows in padded_chunks(count, self._chunk):
+            conditioning = (self._embeddings[rows], self._embeddings[-1:])
+            final = self._draw(
+                trained,
+                self._policy.frozen,
+                self._schedule,
+                self._initial[rows],
+                self._keys[rows],
+                conditioning,
+            )
+            images.append(np.asarray(self._decode(final)))
+        drawn = np.concatenate(images)[:count]
+        result = self._rewards(drawn, self.texts, self.metadata)
+        scores = {"total": result.total} | result.scores
+        if self._gold is not None:
+            scores |= self._gold(drawn, self.texts, self.metadata).scores
+        return Evaluation(drawn, self.texts, scores)

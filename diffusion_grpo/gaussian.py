@@ -1,0 +1,85 @@
+"""Log-density and KL divergence of the Gaussian denoising steps, float32, safe where σ = 0."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Reduction = Literal["mean", "sum"]
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def _reduce(values: Float[Array, " B *latent"], reduction: Reduction) -> Float[Array, " B"]:
+    axes = tuple(range(1, values.ndim))
+    return values.mean(axes) if reduction == "mean" else values.sum(axes)
+
+
+def _safe_std(
+    std: Float[Array, ""] | Float[Array, " B"] | float, ndim: int
+) -> tuple[Array, Array, Array]:
+    """Return (has a density, σ or 1 where it has none, the latter shaped for a `[B, ...]` array).
+
+    Dividing by 1 instead of 0 keeps the unused branch of the `where` finite, and its gradient too.
+    """
+    std = jnp.asarray(std, jnp.float32)
+    positive = std > 0
+    safe = jnp.where(positive, std, jnp.ones_like(std))
+    return positive, safe, safe if std.ndim == 0 else safe.reshape((-1,) + (1,) * (ndim - 1))
+
+
+def gaussian_log_prob(
+    x: Float[Array, " B *latent"],
+    mean: Float[Array, " B *latent"],
+    std: Float[Array, ""] | Float[Array, " B"] | float,
+    *,
+    reduction: Reduction,
+) -> Float[Array, " B"]:
+    """Return log N(x; μ, σ² I), reduced over the latent.
+
+    −(x−μ)²/(2σ²) − log σ − ½ log 2π, averaged over the latent's elements (`mean`, the scale of
+    DDPO, Black et al. 2023) or summed (`sum`, the density itself). Where σ = 0 there is no density:
+    the result is 0, with gradient 0.
+
+    Args:
+        x: the sample, exactly as it is stored (round it before, not after).
+        mean: μ.
+        std: σ, a scalar or one an image.
+        reduction: over the latent's elements.
+
+    Returns:
+        float32 [B], in nats.
+    """
+    positive, safe, divisor = _safe_std(std, x.ndim)
+    z = (x.astype(jnp.float32) - mean.astype(jnp.float32)) / divisor
+    count = 1 if reduction == "mean" else math.prod(x.shape[1:])
+    log_prob = -0.5 * _reduce(z * z, reduction) - count * (jnp.log(safe) + _HALF_LOG_2PI)
+    return jnp.where(positive, log_prob, 0.0)
+
+
+def gaussian_kl(
+    mean_p: Float[Array, " B *latent"],
+    mean_q: Float[Array, " B *latent"],
+    std: Float[Array, ""] | Float[Array, " B"] | float,
+    *,
+    reduction: Reduction,
+) -> Float[Array, " B"]:
+    """Return KL(N(μ_p, σ² I) ‖ N(μ_q, σ² I)) = ‖μ_p − μ_q‖²/(2σ²), reduced over the latent.
+
+    Symmetric in p and q, since they share σ. Where σ = 0 the result is 0, with gradient 0.
+
+    Args:
+        mean_p: μ_p.
+        mean_q: μ_q.
+        std: σ, a scalar or one an image.
+        reduction: average over the latent's elements, or total (`sum`, the divergence itself).
+
+    Returns:
+        float32 [B], in nats.
+    """
+    positive, _, divisor = _safe_std(std, mean_p.ndim)
+    z = (mean_p.astype(jnp.float32) - mean_q.astype(jnp.float32)) / divisor
+    return jnp.where(positive, 0.5 * _reduce(z * z, reduction), 0.0)

@@ -1,0 +1,1 @@
+"""The networks in Flax NNX, with the names that Diffusers and Transformers give them."""

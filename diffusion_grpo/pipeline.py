@@ -1,0 +1,245 @@
+"""From texts to pictures.
+
+Prompt embeddings, the guided denoiser of a checkpoint, decoding, `generate`. Networks are split
+into structure (closed over, compiled) and parameters (passed), so that compiled programs hold no
+weights and one program serves the policy, the old policy and the reference.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.lora import LoRAParam, attach_lora
+from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
+from diffusion_grpo.schedule import Schedule, make_schedule
+
+CHUNK = 16  # prompts encoded at a time
+
+
+def encode_prompts(model: StableDiffusion, texts: Sequence[str]) -> Float[Array, "N n d"]:
+    """Encode prompts with the text encoder, each distinct text once.
+
+    Args:
+        model: the pipeline.
+        texts: N prompts; longer ones than the tokenizer's length are cut, with one warning.
+
+    Returns:
+        Last hidden states `[N, n, d]`, n the tokenizer's length.
+    """
+    length = model.tokenizer.model_max_length
+    distinct = list(dict.fromkeys(texts))
+    ids, longest = [], ("", 0)
+    for text in distinct:
+        size = len(model.tokenizer(text, verbose=False)["input_ids"])
+        longest = max(longest, (text, size), key=lambda pair: pair[1])
+    if longest[1] > length:
+        warnings.warn(
+            f"a prompt of {longest[1]} tokens is cut to the {length} that the text encoder reads: "
+            f"{longest[0]!r}",
+            stacklevel=2,
+        )
+    padded = distinct + [""] * (-len(distinct) % CHUNK)
+    ids = np.asarray(
+        model.tokenizer(padded, padding="max_length", truncation=True, max_length=length)[
+            "input_ids"
+        ],
+        np.int32,
+    )
+    graphdef, weights = nnx.split(model.text_encoder)
+    encode = jax.jit(lambda weights, ids: nnx.merge(graphdef, weights)(ids).last_hidden_state)
+    states = jnp.concatenate(
+        [encode(weights, ids[i : i + CHUNK]) for i in range(0, len(ids), CHUNK)]
+    )
+    place = {text: i for i, text in enumerate(distinct)}
+    return states[np.array([place[text] for text in texts])]
+
+
+class TrainablePolicy:
+    """A UNet split into what is trained and what is not.
+
+    Attributes:
+        trained: the initial trained parameters, float32; they are the reference policy's too.
+        frozen: the other parameters.
+    """
+
+    def __init__(self, unet: nnx.Module, guidance_scale: float, trainable: Any = nnx.Param):
+        """Split a UNet.
+
+        Args:
+            unet: the network; adapters already attached.
+            guidance_scale: s of classifier-free guidance.
+            trainable: NNX filter of the trained parameters (`LoRAParam` for an adapter).
+        """
+        self._graphdef, self.trained, self.frozen = nnx.split(unet, trainable, ...)
+        self._guidance_scale = guidance_scale
+
+    def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
+        """Return the guided denoiser with the given parameters."""
+
+        def apply(sample: Array, timesteps: Array, embeddings: Array) -> Array:
+            return nnx.merge(self._graphdef, trained, frozen)(sample, timesteps, embeddings)
+
+        return guided(apply, self._guidance_scale)
+
+    def unet(self, trained: Any) -> Any:
+        """Return the network with the given trained parameters."""
+        return nnx.merge(self._graphdef, trained, self.frozen)
+
+
+def make_policy(
+    model: StableDiffusion,
+    *,
+    guidance_scale: float,
+    lora: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> TrainablePolicy:
+    """Prepare a checkpoint's UNet for training.
+
+    Args:
+        model: the pipeline; with an adapter, its UNet gains the adapter's layers.
+        guidance_scale: s of classifier-free guidance, in sampling and update alike.
+        lora: `targets`, `rank`, `alpha` of the adapter; None trains all parameters.
+        seed: of the adapter's initial values.
+    """
+    if lora is None:
+        return TrainablePolicy(model.unet, guidance_scale)
+    attach_lora(model.unet, rngs=nnx.Rngs(seed), **lora)
+    return TrainablePolicy(model.unet, guidance_scale, LoRAParam)
+
+
+def make_decoder(model: StableDiffusion) -> Callable[[Float[Array, "B h w c"]], Any]:
+    """Compile latents → uint8 images `[B, H, W, 3]`, rounded once, for rewards and files."""
+    graphdef, weights = nnx.split(model.vae)
+    scaling = model.vae.config.scaling_factor
+
+    @jax.jit
+    def decode(weights: Any, latents: Array) -> Array:
+        images = nnx.merge(graphdef, weights).decode(latents.astype(jnp.float32) / scaling)
+        levels = jnp.round((images.astype(jnp.float32) / 2 + 0.5).clip(0, 1) * 255)
+        return levels.astype(jnp.uint8)
+
+    return lambda latents: decode(weights, latents)
+
+
+def latent_shape(
+    model: StableDiffusion, height: int | None = None, width: int | None = None
+) -> tuple[int, int, int]:
+    """Return (h, w, c) of the latents for an image size in pixels (default: the checkpoint's).
+
+    Raises:
+        UsageError: the size is not a multiple of what the VAE and the UNet halve it by.
+    """
+    factor = model.vae.config.downscale_factor
+    sizes = []
+    for name, given in (("height", height), ("width", width)):
+        pixels = model.image_size if given is None else given
+        if pixels < factor or pixels % factor:
+            raise UsageError(
+                f"{name} is {pixels} pixels; expected a multiple of {factor}, the VAE's downscaling"
+            )
+        sizes.append(pixels // factor)
+    return sizes[0], sizes[1], model.unet.config.in_channels
+
+
+def generate(
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    *,
+    num_steps: int = 50,
+    guidance_scale: float = 5.0,
+    eta: float = 0.0,
+    negative_prompt: str = "",
+    seed: int = 0,
+    image_index: Sequence[int] | None = None,
+    prompt_index: Sequence[int] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    latents: Float[Array, "B h w c"] | None = None,
+    batch_size: int = 16,
+    on_images: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Draw one image a prompt by DDIM-η sampling.
+
+    Args:
+        model: the pipeline.
+        prompts: B texts.
+        num_steps: T.
+        guidance_scale: s.
+        eta: η; 0 is deterministic.
+        negative_prompt: text of the unconditional half.
+        seed: of the noise; a picture depends on (seed, prompt_index, image_index), not on the
+            batch.
+        image_index: each image's number among those of its prompt; default 0, 1, ….
+        prompt_index: each prompt's number; default 0 for all.
+        height: in pixels; default the checkpoint's.
+        width: in pixels; default the checkpoint's.
+        latents: initial noise x_T, instead of `seed`'s.
+        batch_size: images at a time.
+        on_images: called with the number of images done so far.
+
+    Returns:
+        uint8 `[B, H, W, 3]`.
+    """
+    policy = TrainablePolicy(model.unet, guidance_scale)
+    schedule = make_schedule(model.scheduler_config, num_steps, eta=eta)
+    count = len(prompts)
+    embeddings = encode_prompts(model, [*prompts, negative_prompt])
+    index = np.arange(count) if image_index is None else np.asarray(image_index)
+    group = np.zeros(count, int) if prompt_index is None else np.asarray(prompt_index)
+    keys = image_keys(seed, 0, group, index, "evaluation_step")
+    if latents is None:
+        start = image_keys(seed, 0, group, index, "evaluation_initial")
+        latents = initial_noise(start, latent_shape(model, height, width))
+    decode = make_decoder(model)
+    draw = make_sampler(policy)
+    images = []
+    for rows in padded_chunks(count, batch_size):
+        conditioning = (embeddings[rows], embeddings[-1:])
+        final = draw(
+            policy.trained, policy.frozen, schedule, latents[rows], keys[rows], conditioning
+        )
+        images.append(np.asarray(decode(final)))
+        if on_images is not None:
+            on_images(min(count, sum(map(len, images))))
+    return np.concatenate(images)[:count]
+
+
+def make_sampler(policy: TrainablePolicy) -> Callable[..., Array]:
+    """Compile `sample_final` of a policy.
+
+    Returns:
+        (trained, frozen, schedule, initial, keys, conditioning) → x_0.
+    """
+
+    @jax.jit
+    def draw(
+        trained: Any,
+        frozen: Any,
+        schedule: Schedule,
+        initial: Array,
+        keys: Array,
+        conditioning: Any,
+    ) -> Array:
+        return sample_final(policy.denoiser(trained, frozen), schedule, initial, keys, conditioning)
+
+    return draw
+
+
+def padded_chunks(count: int, size: int) -> list[np.ndarray]:
+    """Return row numbers in chunks of one size, so that one program serves all.
+
+    The last chunk is padded with its last row.
+    """
+    size = min(size, count)
+    rows = np.arange(-(-count // size) * size).clip(max=count - 1)
+    return list(rows.reshape(-1, size))

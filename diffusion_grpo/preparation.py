@@ -1,0 +1,174 @@
+"""What a run prepares once: its directory, the model, the optimizer, and the compiled pieces."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion_grpo.config import Config, OptimConfig, to_yaml
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.pretrained import DTYPES, StableDiffusion
+from diffusion_grpo.rollout import Trajectory, sample
+from diffusion_grpo.schedule import Schedule
+from diffusion_grpo.update import reference_means
+
+
+def prepare_directory(config: Config, resume: bool) -> Path:
+    """Make the run directory, or refuse one that holds another run.
+
+    Raises:
+        UsageError: it holds a run and this is no resume, or none and this is one; it cannot
+            be written.
+    """
+    directory = Path(config.run.output)
+    existing = directory / "config.yaml"
+    if resume and not existing.is_file():
+        raise UsageError(f"{directory} holds no run to resume: config.yaml is not there")
+    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        what = "another run" if existing.is_file() else "other files"
+        raise UsageError(
+            f"output directory {directory} holds {what}; choose another with --run.output, "
+            f"or go on with it by `diffusion-grpo train --resume {directory}`"
+            if existing.is_file()
+            else f"output directory {directory} holds {what}; choose another with --run.output"
+        )
+    try:
+        (directory / "samples").mkdir(parents=True, exist_ok=True)
+        if not resume:
+            existing.write_text(to_yaml(config))
+    except OSError as error:
+        raise UsageError(
+            f"output directory {directory} cannot be written ({error.strerror}); choose another "
+            "with --run.output"
+        ) from None
+    if not os.access(directory, os.W_OK):
+        raise UsageError(
+            f"output directory {directory} is not writable; choose another with --run.output"
+        )
+    return directory
+
+
+def load_model(config: Config, source: Path) -> StableDiffusion:
+    """Load the pipeline: frozen parts in the compute dtype, trained parameters in float32."""
+    dtype = DTYPES[config.model.dtype]
+    full = config.model.trainable == "full"
+    model = StableDiffusion.from_pretrained(
+        source,
+        dtype=dtype,
+        param_dtype=dtype,
+        unet_param_dtype=jnp.float32 if full else dtype,
+    )
+    model.unet.gradient_checkpointing = config.model.gradient_checkpointing
+    return model
+
+
+def lora_options(config: Config) -> dict[str, Any] | None:
+    """Return the adapter's options, or None where all parameters are trained."""
+    if config.model.trainable == "full":
+        return None
+    return {
+        "targets": config.model.lora_targets,
+        "rank": config.model.lora_rank,
+        "alpha": config.model.lora_alpha,
+    }
+
+
+def make_optimizer(
+    options: OptimConfig, updates_per_rollout: int
+) -> tuple[optax.GradientTransformation, Any]:
+    """Return AdamW behind a clip of the global gradient norm, and iteration → learning rate."""
+
+    def rate(step: Any) -> Any:
+        ramp = (step // updates_per_rollout + 1) / (options.warmup_iterations + 1)
+        return options.learning_rate * jnp.minimum(1.0, ramp)
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(options.max_grad_norm),
+        optax.adamw(
+            rate,
+            b1=options.beta1,
+            b2=options.beta2,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+        ),
+    )
+    return optimizer, lambda iteration: float(rate(iteration * updates_per_rollout))
+
+
+def make_rollout(config: Config, denoiser: Any) -> Any:
+    """Compile the sampler of one microbatch, and run it over all images of an iteration."""
+    reduction = config.grpo.log_prob_reduction
+    storage = DTYPES[config.rollout.storage_dtype]
+
+    @jax.jit
+    def chunk(
+        trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
+    ) -> Trajectory:
+        return sample(
+            denoiser(trained, frozen),
+            schedule,
+            noise,
+            keys,
+            conditioning,
+            reduction=reduction,
+            storage_dtype=storage,
+        )
+
+    def draw(
+        trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
+    ) -> Trajectory:
+        size = config.rollout.microbatch
+        embeddings, negative = conditioning
+        parts = [
+            chunk(
+                trained,
+                frozen,
+                schedule,
+                noise[i : i + size],
+                keys[i : i + size],
+                (embeddings[i : i + size], negative),
+            )
+            for i in range(0, len(noise), size)
+        ]
+        return Trajectory(
+            jnp.concatenate([p.latents for p in parts], axis=1),
+            parts[0].timesteps,
+            jnp.concatenate([p.log_probs for p in parts], axis=1),
+        )
+
+    return draw
+
+
+def make_reference(config: Config, denoiser: Any) -> Any:
+    """Compile the reference's means of the recorded steps, a microbatch of images at a time."""
+    compiled = jax.jit(
+        lambda reference, frozen, *args: reference_means(denoiser(reference, frozen), *args)
+    )
+
+    def refer(
+        reference: Any,
+        frozen: Any,
+        schedule: Schedule,
+        latents: Any,
+        conditioning: Any,
+        active: Any,
+    ) -> Any:
+        embeddings, negative = conditioning
+        parts = []
+        for i in range(0, latents.shape[1], config.rollout.microbatch):
+            rows = slice(i, i + config.rollout.microbatch)
+            part = (latents[:, rows], (embeddings[rows], negative))
+            parts.append(compiled(reference, frozen, schedule, *part, active))
+        return jnp.concatenate(parts, axis=1)
+
+    return refer
+
+
+def decode_chunks(decode: Any, latents: jax.Array, size: int) -> jax.Array:
+    """Decode `size` images at a time."""
+    return jnp.concatenate([decode(latents[i : i + size]) for i in range(0, len(latents), size)])

@@ -1,0 +1,89 @@
+"""What a run leaves behind: metrics, grids, `evaluation.json`, the exported model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_grpo.config import Config
+from diffusion_grpo.evaluate import Evaluation, standard_error
+from diffusion_grpo.images import before_after_grid, image_grid, save_image
+from diffusion_grpo.lora import merge_lora
+from diffusion_grpo.pretrained import StableDiffusion
+
+
+def reward_metrics(result: Any) -> dict[str, float]:
+    """Return the statistics of the total and of each reward, and their times."""
+    metrics = {"reward/mean": result.total.mean(), "reward/std": result.total.std()}
+    for name, scores in result.scores.items():
+        for statistic in ("mean", "std", "min", "max"):
+            metrics[f"reward/{name}/{statistic}"] = getattr(scores, statistic)()
+        metrics[f"time/reward/{name}"] = result.seconds[name]
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def update_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Reduce an iteration's updates: the ratio's extremes, how many were skipped, else means."""
+    reduce = {"ratio/min": np.min, "ratio/max": np.max, "skipped": np.sum}
+    names = history[-1].keys()
+    return {name: float(reduce.get(name, np.mean)([h[name] for h in history])) for name in names}
+
+
+def describe(evaluation: Evaluation, when: str) -> str:
+    """Return one line: each reward's mean with its standard error."""
+    parts = [
+        f"{name} {values.mean():.4f} ± {standard_error(values):.4f}"
+        for name, values in evaluation.scores.items()
+        if not (name == "total" and len(evaluation.scores) == 2)
+    ]
+    return f"held-out, {when}: " + ", ".join(parts)
+
+
+def save_evaluation_grid(evaluation: Evaluation, path: Path, title: str, limit: int = 32) -> None:
+    """Draw the first images of an evaluation with their prompts."""
+    grid = image_grid(
+        evaluation.images[:limit], evaluation.prompts[:limit], columns=min(8, limit), title=title
+    )
+    save_image(path, grid)
+
+
+def save_results(config: Config, directory: Path, before: Evaluation, after: Evaluation) -> None:
+    """Write the grids after training, and `evaluation.json`.
+
+    It has, for each reward, the mean before and after, and the mean of the paired difference.
+    """
+    save_evaluation_grid(after, directory / "samples" / "after.png", "after training")
+    each = config.eval.images_per_prompt
+    rows = min(len(before.images), 12 * each) // each * each
+    grid = before_after_grid(
+        before.images[:rows],
+        after.images[:rows],
+        before.prompts[:rows:each],
+        scores_before=before.scores["total"][:rows],
+        scores_after=after.scores["total"][:rows],
+    )
+    save_image(directory / "samples" / "before_after.png", grid)
+    summary = {
+        name: {
+            "before": float(first.mean()),
+            "before_standard_error": standard_error(first),
+            "after": float(after.scores[name].mean()),
+            "after_standard_error": standard_error(after.scores[name]),
+            "difference": float((after.scores[name] - first).mean()),
+            "difference_standard_error": standard_error(after.scores[name] - first),
+        }
+        for name, first in before.scores.items()
+    }
+    text = json.dumps({"images": len(before.images), "rewards": summary}, indent=2)
+    (directory / "evaluation.json").write_text(text + "\n")
+
+
+def export(model: StableDiffusion, policy: Any, trained: Any, directory: Path) -> None:
+    """Write the fine-tuned pipeline, adapters merged, in the Diffusers layout."""
+    unet = policy.unet(trained)
+    merge_lora(unet)
+    dataclasses.replace(model, unet=unet).save_pretrained(directory)

@@ -1,0 +1,285 @@
+"""The sections of a run's configuration: each field with its meaning and its bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.fields import Section
+
+# Flags with a short form; each is declared again at its field.
+SHORT_FLAGS = ("--model", "--prompts", "--reward", "--output", "--iterations", "--seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    """What is trained."""
+
+    section_name: ClassVar[str] = "model"
+
+    pretrained: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "shapes-diffusion"
+    """Checkpoint in the Diffusers layout: a directory, an embedded name, or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the models; trained parameters and log-probs stay float32."""
+    trainable: Literal["lora", "full"] = "lora"
+    """Train a LoRA adapter on the UNet, or all of its parameters."""
+    lora_rank: int = 8
+    """Rank r of the adapter's matrices."""
+    lora_alpha: float = 8.0
+    """Scale of the adapter: its output is multiplied by alpha / r."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", r"to_out\.0")
+    """Regular expressions; a projection whose dotted path ends in a match gets an adapter."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use."""
+        super().__post_init__()
+        self.require(bool(self.pretrained.strip()), "pretrained", "a directory, name or hub id")
+        self.require_positive("lora_rank", "lora_alpha")
+        self.require(bool(self.lora_targets), "lora_targets", "at least one pattern")
+        for pattern in self.lora_targets:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(
+                    f"model.lora_targets has {pattern!r}; expected a regular expression ({error})"
+                ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsConfig(Section):
+    """Which prompts are trained on and which are held out."""
+
+    section_name: ClassVar[str] = "prompts"
+
+    train: Annotated[str, tyro.conf.arg(aliases=["--prompts"])] = "shapes"
+    """Prompt list: a name under prompts/, or a .txt or .jsonl file."""
+    heldout: str | None = "shapes_heldout"
+    """Prompt list for evaluation, never trained on; None evaluates on the training list."""
+
+    def __post_init__(self) -> None:
+        """Reject empty names."""
+        super().__post_init__()
+        for name in ("train", "heldout"):
+            value = getattr(self, name)
+            self.require(value is None or bool(value.strip()), name, "a name or a file")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig(Section):
+    """How images are sampled for training."""
+
+    section_name: ClassVar[str] = "rollout"
+
+    prompts_per_iteration: int = 8
+    """P, prompts an iteration."""
+    images_per_prompt: int = 8
+    """G, images of one prompt (a group); 2 or more, since rewards are compared within it."""
+    num_steps: int = 20
+    """T, denoising steps an image."""
+    eta: float = 1.0
+    """η, the noise of a step: 0 is deterministic DDIM (no log-prob), 1 ancestral sampling."""
+    guidance_scale: float = 5.0
+    """s, classifier-free guidance in sampling, update and evaluation; 1 switches it off."""
+    negative_prompt: str = ""
+    """Text of the unconditional half of the guidance."""
+    microbatch: int = 16
+    """Images sampled at a time; divides P x G."""
+    height: int | None = None
+    """Image height in pixels; None takes the checkpoint's."""
+    width: int | None = None
+    """Image width in pixels; None takes the checkpoint's."""
+    storage_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the recorded latents; a sample is cast to it before its log-prob is taken."""
+    same_initial_noise: bool = False
+    """Start all images of a group from the same noise x_T."""
+    window_size: int | None = None
+    """Noise and gradient only in this many consecutive steps, DDIM elsewhere; None is all steps."""
+    window_start: int = 0
+    """First step of the window, 0 being the noisiest."""
+    window_every: int = 0
+    """Iterations after which the window moves on by one step, around the end; 0 never."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no rollout can use."""
+        super().__post_init__()
+        self.require_positive("prompts_per_iteration", "num_steps", "microbatch")
+        self.require(
+            self.images_per_prompt >= 2,
+            "images_per_prompt",
+            "2 or more, since GRPO compares the images of one prompt with each other",
+        )
+        self.require(0 <= self.eta <= 1, "eta", "a number from 0 to 1")
+        self.require_non_negative("guidance_scale", "window_start", "window_every")
+        self.require_positive("window_size")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            self.require(value is None or (value > 0 and value % 8 == 0), name, "a multiple of 8")
+        if (self.height is None) != (self.width is None):
+            raise UsageError(
+                f"rollout.height is {self.height} and rollout.width is {self.width}; expected "
+                "both or neither"
+            )
+
+    @property
+    def num_images(self) -> int:
+        """B = P x G, the images of one iteration."""
+        return self.prompts_per_iteration * self.images_per_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig(Section):
+    """What images are scored by."""
+
+    section_name: ClassVar[str] = "reward"
+
+    rewards: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--reward"])] = ("clip=1.0",)
+    """NAME or NAME=WEIGHT each: a built-in reward, FILE.py[:FUNCTION], or package.module:name."""
+    options: tuple[str, ...] = ()
+    """NAME.OPTION=VALUE each, such as clip.model=shapes-clip: an option of one of the rewards."""
+
+    def __post_init__(self) -> None:
+        """Reject a missing reward and malformed options."""
+        super().__post_init__()
+        self.require(bool(self.rewards), "rewards", "at least one reward, such as 'clip=1.0'")
+        self.require(all(spec.strip() for spec in self.rewards), "rewards", "no empty name")
+        for option in self.options:
+            if not re.fullmatch(r".+\.\w+=.*", option):
+                raise UsageError(
+                    f"reward.options has {option!r}; expected NAME.OPTION=VALUE, such as "
+                    "'clip.model=shapes-clip'"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOOptions(Section):
+    """The policy-gradient update."""
+
+    section_name: ClassVar[str] = "grpo"
+
+    advantage: Literal["group"] = "group"
+    """A = (r - mean) / (std + eps) within the group."""
+    advantage_eps: float = 1e-8
+    """eps of the advantage, in units of the reward."""
+    advantage_clip: float = 5.0
+    """Advantages are clipped to this many standard deviations, both ways."""
+    ratio: Literal["trajectory", "step"] = "trajectory"
+    """ρ: one ratio an image, of the log-probs summed over its steps, or one ratio a step."""
+    clip_low: float = 5e-4
+    """ε_low: ρ below 1 - ε_low gains nothing more."""
+    clip_high: float = 5e-4
+    """ε_high: ρ above 1 + ε_high gains nothing more."""
+    log_prob_reduction: Literal["mean", "sum"] = "mean"
+    """A step's log-prob is the mean over the latent's elements, or their sum (the density)."""
+    kl: Literal["exact"] = "exact"
+    """KL to the reference: of the two Gaussians of each step, at the visited latents."""
+    beta: float = 0.0
+    """β, the weight of the KL in the loss; 0 leaves it out."""
+    step_weights: Literal["uniform", "gain"] = "uniform"
+    """w_t of the trajectory log-prob: 1, or the inverse of the step's sensitivity."""
+    updates_per_rollout: int = 2
+    """Optimizer steps an iteration; at the first ρ is exactly 1, clipping acts from the second."""
+    microbatch: int = 8
+    """Images a gradient is taken of at a time; divides P x G."""
+    gradient_steps: int | None = None
+    """K of the T steps are differentiated, drawn uniformly, scaled by T/K; None takes all."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no update can use."""
+        super().__post_init__()
+        self.require_positive("advantage_eps", "advantage_clip", "clip_low", "clip_high")
+        self.require(self.clip_low < 1, "clip_low", "a number between 0 and 1")
+        self.require_non_negative("beta")
+        self.require_positive("updates_per_rollout", "microbatch", "gradient_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(Section):
+    """AdamW."""
+
+    section_name: ClassVar[str] = "optim"
+
+    learning_rate: float = 3e-4
+    """Step size after the warm-up; about 3e-4 for LoRA and 1e-5 for a full large UNet."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay, times the learning rate."""
+    max_grad_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to it."""
+    warmup_iterations: int = 0
+    """Iterations over which the learning rate rises linearly from 0."""
+
+    def __post_init__(self) -> None:
+        """Reject values that AdamW cannot use."""
+        super().__post_init__()
+        self.require_positive("learning_rate", "eps", "max_grad_norm")
+        for name in ("beta1", "beta2"):
+            self.require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1")
+        self.require_non_negative("weight_decay", "warmup_iterations")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Section):
+    """The same held-out images before, during and after training."""
+
+    section_name: ClassVar[str] = "eval"
+
+    every: int = 0
+    """Iterations between evaluations; 0 evaluates only before and after."""
+    num_prompts: int = 64
+    """Prompts evaluated on: the first of the held-out list, all of it if it is shorter."""
+    images_per_prompt: int = 1
+    """Images of each."""
+    num_steps: int = 50
+    """Denoising steps."""
+    eta: float = 0.0
+    """η of the sampler; 0 is deterministic DDIM, what a user of the model will run."""
+    seed: int = 0
+    """Seed of the initial noise, independent of run.seed, so that runs can be compared."""
+    gold: tuple[str, ...] = ()
+    """Rewards that training never sees, in the form of reward.rewards."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no evaluation can use."""
+        super().__post_init__()
+        self.require_non_negative("every", "seed")
+        self.require_positive("num_prompts", "images_per_prompt", "num_steps")
+        self.require(0 <= self.eta <= 1, "eta", "a number from 0 to 1")
+        self.require(all(spec.strip() for spec in self.gold), "gold", "no empty name")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Section):
+    """How long, from which seed, and where to."""
+
+    section_name: ClassVar[str] = "run"
+
+    output: Annotated[str, tyro.conf.arg(aliases=["--output"])] = "runs/grpo"
+    """Directory of the run; it must not hold another one."""
+    iterations: Annotated[int, tyro.conf.arg(aliases=["--iterations"])] = 100
+    """Iterations: a rollout and its updates each."""
+    seed: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 0
+    """Seed of every random draw of training."""
+    save_every: int = 0
+    """Iterations between checkpoints; 0 saves only at the end."""
+    sample_every: int = 10
+    """Iterations between picture grids under samples/; 0 writes them only before and after."""
+    log_every: int = 1
+    """Iterations between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no run can use."""
+        super().__post_init__()
+        self.require(bool(self.output.strip()), "output", "a directory")
+        self.require_positive("iterations", "log_every")
+        self.require_non_negative("seed", "save_every", "sample_every")

@@ -1,0 +1,343 @@
+"""Train the embedded models from nothing: `python -m diffusion_grpo.shapes.pretrain`.
+
+Three stages, each resumable (run the same command again) and a function of the seed:
+
+    clip   the CLIP model, contrastively with hard negatives         → assets/shapes-clip
+    vae    the autoencoder, on crops, then on whole pictures
+    unet   the UNet and its text encoder (started from CLIP's)       → assets/shapes-diffusion
+
+`clip` and `vae` do not need each other and can run side by side; `unet` needs both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diffusion_grpo.models.clip import CLIPModel, CLIPTextModel
+from diffusion_grpo.models.unet import UNet2DConditionModel
+from diffusion_grpo.models.vae import AutoencoderKL
+from diffusion_grpo.pretrained import (
+    StableDiffusion,
+    load_clip,
+    load_tensors,
+    load_tokenizer,
+    module_tensors,
+    read_safetensors,
+    save_module,
+)
+from diffusion_grpo.resources import resource_path
+from diffusion_grpo.schedule import SchedulerConfig, add_noise, alphas_cumprod, velocity
+from diffusion_grpo.shapes import networks
+from diffusion_grpo.shapes.captions import captions, hard_negatives
+from diffusion_grpo.shapes.fit import FitConfig, fit
+from diffusion_grpo.shapes.render import render
+from diffusion_grpo.shapes.scenes import IMAGE_SIZE, scene_batch
+from diffusion_grpo.shapes.tokenizer import write_tokenizer
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+PREPROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": IMAGE_SIZE},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [float(m) for m in MEAN],
+    "image_std": [float(s) for s in STD],
+    "do_convert_rgb": True,
+}
+VOCABULARY_SEED = 7919  # keeps the scenes of one stage apart from another's at the same seed
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> np.ndarray:
+    """Return int32 ids `[n, TOKENS]`, padded to the model's length."""
+    out = tokenizer(texts, padding="max_length", max_length=networks.TOKENS, truncation=True)
+    return np.asarray(out["input_ids"], np.int32)
+
+
+def train_clip(build: Path, seed: int, steps: int, batch: int, negatives: int) -> None:
+    """Train the CLIP model and write it to `build/shapes-clip`."""
+    out = build / "shapes-clip"
+    vocabulary = write_tokenizer(out, networks.TOKENS)
+    tokenizer = load_tokenizer(out)
+    config = networks.clip_config(vocabulary)
+    model = CLIPModel(config, rngs=nnx.Rngs(seed))
+    positions = model.vision_model.embeddings.position_embedding
+    positions.embedding.set_value(jnp.asarray(networks.position_table()))
+    graphdef, params = nnx.split((model, networks.Probes(nnx.Rngs(seed + 1))))
+
+    def batch_fn(step: int) -> dict[str, Any]:
+        scenes = scene_batch(seed, step, batch)
+        rng = np.random.default_rng([seed, step, VOCABULARY_SEED])
+        false = [c for row in hard_negatives(scenes, rng, negatives) for c in row]
+        return {
+            "pixels": (render(scenes) / np.float32(255) - MEAN) / STD,
+            "true_ids": tokenize(tokenizer, captions(scenes, rng)),
+            "false_ids": tokenize(tokenizer, false).reshape(batch, negatives, -1),
+            "targets": networks.probe_targets(scenes).tree(),
+        }
+
+    def loss_fn(params: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model, probes = nnx.merge(graphdef, params)
+        return networks.contrastive_loss(model, probes, **data, probe_weight=0.5)
+
+    params = fit(
+        params,
+        loss_fn,
+        batch_fn,
+        config=FitConfig(steps=steps, learning_rate=1e-3, ema=0.998),
+        directory=build / "checkpoints" / "clip",
+        key=jax.random.key(seed),
+        name="clip",
+    )
+    model, _ = nnx.merge(graphdef, params)
+    fields = config.to_dict() | {"architectures": ["CLIPModel"], "dtype": "float16"}
+    save_module(model, out, fields, filename="model.safetensors", dtype=np.float16)
+    (out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+
+
+def train_vae(build: Path, seed: int, crop_steps: int, steps: int, decoder_steps: int) -> None:
+    """Train the autoencoder and write `build/vae`.
+
+    On crops, then on whole pictures, then its decoder alone.
+    """
+    graphdef, params = nnx.split(AutoencoderKL(networks.VAE, rngs=nnx.Rngs(seed)))
+
+    def pictures(step: int, n: int, offset: int) -> np.ndarray:
+        return render(scene_batch(seed + offset, step, n))
+
+    def crops(step: int, *, n: int = 16, side: int = 32) -> np.ndarray:
+        scenes = scene_batch(seed + 1, step, n)
+        images = render(scenes)
+        rng = np.random.default_rng([seed, step])
+        # Around an object: a picture is mostly background.
+        jitter = rng.integers(-12, 13, (2, n))
+        left = np.clip(scenes.x[:, 0] - side / 2 + jitter[0], 0, IMAGE_SIZE - side).astype(int)
+        top = np.clip(scenes.y[:, 0] - side / 2 + jitter[1], 0, IMAGE_SIZE - side).astype(int)
+        return np.stack(
+            [im[t : t + side, x : x + side] for im, t, x in zip(images, top, left, strict=True)]
+        )
+
+    def loss_fn(params: Any, images: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x = images.astype(jnp.float32) / 127.5 - 1
+        return networks.autoencoder_loss(nnx.merge(graphdef, params), x, key, kl_weight=1e-4)
+
+    key = jax.random.key(seed)
+    checkpoints = build / "checkpoints"
+    params = fit(
+        params,
+        loss_fn,
+        crops,
+        config=FitConfig(steps=crop_steps, learning_rate=2e-3, ema=0.995),
+        directory=checkpoints / "vae-crops",
+        key=key,
+        name="vae (crops)",
+    )
+    params = fit(
+        params,
+        loss_fn,
+        lambda step: pictures(step, 16, 2),
+        config=FitConfig(steps=steps, learning_rate=1e-3, ema=0.995),
+        directory=checkpoints / "vae",
+        key=jax.random.fold_in(key, 1),
+        name="vae",
+    )
+    decoding, encoding = nnx.split_state(params, _is_decoder, ...)
+    params = nnx.merge_state(
+        encoding,
+        fit(
+            decoding,
+            lambda decoding, images, key: loss_fn(nnx.merge_state(encoding, decoding), images, key),
+            lambda step: pictures(step, 16, 3),
+            config=FitConfig(steps=decoder_steps, learning_rate=5e-4, ema=0.995),
+            directory=checkpoints / "vae-decoder",
+            key=jax.random.fold_in(key, 2),
+            name="vae (decoder)",
+        ),
+    )
+    vae = nnx.merge(graphdef, params)
+    latents = encode_scenes(vae, seed + 4, 1024)[0]
+    fields = _diffusers_config("AutoencoderKL", networks.VAE)
+    fields["scaling_factor"] = round(float(1 / latents.astype(np.float32).std()), 5)
+    save_module(vae, build / "vae", fields, dtype=np.float16)
+
+
+def _is_decoder(path: tuple[Any, ...], value: Any) -> bool:
+    return path[0] in ("decoder", "post_quant_conv")
+
+
+def _diffusers_config(name: str, config: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from diffusers import __version__
+
+    return {"_class_name": name, "_diffusers_version": __version__} | asdict(config)
+
+
+def encode_scenes(
+    vae: AutoencoderKL, seed: int, n: int, chunk: int = 256
+) -> tuple[np.ndarray, list[str]]:
+    """Return the latents' means (unscaled, float16 `[n, h, w, c]`) and captions of `n` scenes."""
+    graphdef, params = nnx.split(vae)
+    encode = jax.jit(
+        lambda p, x: nnx.merge(graphdef, p).encode(x.astype(jnp.float32) / 127.5 - 1)[0]
+    )
+    latents, texts = [], []
+    for i in range(n // chunk):
+        scenes = scene_batch(seed, i, chunk)
+        latents.append(np.asarray(encode(params, render(scenes)), np.float16))
+        texts += captions(scenes, np.random.default_rng([seed, i, VOCABULARY_SEED]))
+    return np.concatenate(latents), texts
+
+
+def load_vae(directory: Path) -> tuple[AutoencoderKL, float]:
+    """Load the trained autoencoder and its scaling factor."""
+    from diffusion_grpo.models.vae import VAEConfig
+
+    config = VAEConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    vae = load_tensors(AutoencoderKL, config, read_safetensors(directory), source=str(directory))
+    return vae, config.scaling_factor
+
+
+def train_unet(build: Path, seed: int, steps: int, batch: int, scenes: int) -> None:
+    """Train the UNet and its text encoder; write `build/shapes-diffusion`."""
+    vae, scaling = load_vae(build / "vae")
+    clip, tokenizer, _ = load_clip(build / "shapes-clip")
+    text_config = networks.clip_config(len(tokenizer)).text_config
+    tensors = {
+        name.removeprefix("text_model."): value
+        for name, value in module_tensors(clip).items()
+        if name.startswith("text_model.")
+    }
+    text_encoder = load_tensors(CLIPTextModel, text_config, tensors, source="CLIP's text tower")
+    unet = UNet2DConditionModel(networks.UNET, rngs=nnx.Rngs(seed))
+    graphdef, params = nnx.split((unet, text_encoder))
+
+    cache = build / f"latents-{seed}-{scenes}.npz"
+    if not cache.is_file():
+        latents, texts = encode_scenes(vae, seed + 5, scenes)
+        np.savez(cache, latents=latents, ids=tokenize(tokenizer, texts))
+    data = np.load(cache)
+    latents, ids = data["latents"].astype(np.float32) * scaling, data["ids"]
+    empty = tokenize(tokenizer, [""])[0]
+    schedule = SchedulerConfig.from_dict(networks.SCHEDULER)
+    table = jnp.asarray(alphas_cumprod(schedule), jnp.float32)
+
+    def batch_fn(step: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([seed, step])
+        rows = rng.integers(0, len(latents), batch)
+        unconditional = rng.random(batch) < 0.1
+        return {
+            "latents": latents[rows],
+            "ids": np.where(unconditional[:, None], empty[None], ids[rows]),
+            "noise": rng.standard_normal((batch, *latents.shape[1:]), np.float32),
+            # logit-normal timesteps: most of what is learned is learned at middling noise
+            "timesteps": (1000 / (1 + np.exp(-1.1 * rng.standard_normal(batch)))).astype(np.int32),
+        }
+
+    def loss_fn(params: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        unet, text_encoder = nnx.merge(graphdef, params)
+        noisy = add_noise(table, data["latents"], data["noise"], data["timesteps"])
+        target = velocity(table, data["latents"], data["noise"], data["timesteps"])
+        context = text_encoder(data["ids"]).last_hidden_state
+        return jnp.square(unet(noisy, data["timesteps"], context) - target).mean(), {}
+
+    params = fit(
+        params,
+        loss_fn,
+        batch_fn,
+        config=FitConfig(steps=steps, learning_rate=2e-3, ema=0.999),
+        directory=build / "checkpoints" / "unet",
+        key=jax.random.key(seed),
+        name="unet",
+    )
+    unet, text_encoder = nnx.merge(graphdef, params)
+    StableDiffusion(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler_config=schedule,
+        configs={
+            "model_index": _model_index(),
+            "unet": _diffusers_config("UNet2DConditionModel", networks.UNET),
+            "vae": json.loads((build / "vae" / "config.json").read_text()),
+            "text_encoder": text_config.to_dict() | {"architectures": ["CLIPTextModel"]},
+            "scheduler": networks.SCHEDULER,
+        },
+    ).save_pretrained(build / "shapes-diffusion", dtype=np.float16)
+
+
+def _model_index() -> dict[str, Any]:
+    from diffusers import __version__
+
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": __version__,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+    }
+
+
+def install(build: Path, assets: Path) -> None:
+    """Copy the trained models from the build folder to `assets/`."""
+    for name in ("shapes-clip", "shapes-diffusion"):
+        if (build / name).is_dir():
+            shutil.copytree(build / name, assets / name, dirs_exist_ok=True)
+
+
+def main() -> None:
+    """Run the stages named on the command line."""
+    parser = argparse.ArgumentParser(description="Train the embedded models from nothing.")
+    parser.add_argument(
+        "stages", nargs="*", default=["clip", "vae", "unet"], metavar="clip|vae|unet|install"
+    )
+    parser.add_argument(
+        "--build", type=Path, default=Path("build/shapes"), help="checkpoints and results"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clip-steps", type=int, default=2000)
+    parser.add_argument("--clip-batch", type=int, default=64)
+    parser.add_argument("--vae-crop-steps", type=int, default=5000)
+    parser.add_argument("--vae-steps", type=int, default=800)
+    parser.add_argument("--vae-decoder-steps", type=int, default=300)
+    parser.add_argument("--unet-steps", type=int, default=4500)
+    parser.add_argument("--unet-batch", type=int, default=32)
+    parser.add_argument("--unet-scenes", type=int, default=24576)
+    args = parser.parse_args()
+    known = ("clip", "vae", "unet", "install")
+    if unknown := sorted(set(args.stages) - set(known)):
+        parser.error(f"unknown stage {unknown[0]!r}; expected {', '.join(known)}")
+    args.build.mkdir(parents=True, exist_ok=True)
+    if "clip" in args.stages:
+        train_clip(args.build, args.seed, args.clip_steps, args.clip_batch, negatives=3)
+    if "vae" in args.stages:
+        train_vae(
+            args.build, args.seed, args.vae_crop_steps, args.vae_steps, args.vae_decoder_steps
+        )
+    if "unet" in args.stages:
+        train_unet(args.build, args.seed, args.unet_steps, args.unet_batch, args.unet_scenes)
+    if "install" in args.stages:
+        install(args.build, resource_path("assets"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""The run on a checkpoint that Diffusers itself wrote, with random weights.
+
+It is the code path of any checkpoint.
+"""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.numpy import load_file
+from torch_checkpoints import write_pipeline
+
+from diffusion_grpo.cli import main
+from diffusion_grpo.config import load_config
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.metrics import read_metrics
+from diffusion_grpo.pipeline import generate
+from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.prompts import Prompt
+from diffusion_grpo.rollout import sample, trajectory_log_probs
+from diffusion_grpo.schedule import make_schedule
+from diffusion_grpo.train import choose_steps, lay_out, train
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("train") / "pipeline")
+
+
+@pytest.fixture
+def flags(checkpoint, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\ntwo green stars\n")
+    return {
+        "--model": str(checkpoint),
+        "--prompts.train": str(prompts),
+        "--prompts.heldout": str(prompts),
+        "--reward.rewards": "jpeg_size",
+        "--rollout.prompts-per-iteration": "2",
+        "--rollout.images-per-prompt": "2",
+        "--rollout.num-steps": "3",
+        "--rollout.microbatch": "4",
+        "--grpo.microbatch": "2",
+        "--grpo.beta": "0.1",
+        "--eval.num-prompts": "2",
+        "--eval.num-steps": "2",
+        "--run.iterations": "2",
+        "--run.sample-every": "2",
+        "--run.output": str(tmp_path / "run"),
+    }
+
+
+def _words(flags):
+    words = [word for pair in flags.items() for word in pair]
+    return words
+
+
+def _config(flags, **changed):
+    flags = flags | {
+        f"--{k.replace('__', '.').replace('_', '-')}": str(v) for k, v in changed.items()
+    }
+    return load_config(None, _words(flags))
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
+    flags, checkpoint, trainable, tmp_path
+):
+    directory = tmp_path / "run"
+    assert main(["train", *_words(flags | {"--model.trainable": trainable})]) == 0
+    rows = read_metrics(directory)
+    assert [row["iteration"] for row in rows] == [0, 1]
+    for name in (
+        "reward/mean",
+        "reward/jpeg_size/std",
+        "kl",
+        "ratio/max",
+        "clip_fraction",
+        "grad_norm",
+    ):
+        assert np.isfinite(rows[-1][name])
+    assert rows[0]["kl"] >= 0 and rows[-1]["kl"] > 0
+    assert (
+        yaml.safe_load((directory / "config.yaml").read_text())["model"]["trainable"] == trainable
+    )
+    for name in ("before", "after", "before_after", "iteration_00002"):
+        Image.open(directory / "samples" / f"{name}.png").verify()
+    evaluation = json.loads((directory / "evaluation.json").read_text())
+    assert evaluation["images"] == 2 and "difference" in evaluation["rewards"]["jpeg_size"]
+
+    # the exported pipeline: Diffusers loads it, and it is the same network but for what was trained
+    StableDiffusionPipeline.from_pretrained(directory / "final")
+    before, after = load_file(checkpoint / UNET), load_file(directory / "final" / UNET)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    if trainable == "lora":
+        assert changed and all(".attn" in name and "weight" in name for name in changed)
+    else:
+        assert len(changed) > 0.9 * len(before)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_deterministic_images_equal_those_of_diffusers(tmp_path, prediction_type):
+    directory = write_pipeline(tmp_path / "pipeline", prediction_type=prediction_type)
+    pipe = StableDiffusionPipeline.from_pretrained(directory)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a red circle", "two green stars", "a blue square"]
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = pipe(
+        prompts,
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        latents=latents,
+        eta=0.0,
+        output_type="np",
+    ).images
+    ours = generate(
+        StableDiffusion.from_pretrained(directory),
+        prompts,
+        num_steps=6,
+        guidance_scale=3.0,
+        latents=jnp.asarray(latents.permute(0, 2, 3, 1).numpy()),
+        batch_size=2,
+    )
+    assert expected.std() > 0.01
+    assert np.abs(ours.astype(float) - 255 * expected).max() <= 2
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(checkpoint):
+    model = StableDiffusion.from_pretrained(checkpoint)
+    together = generate(model, ["a red circle"] * 5, num_steps=3, seed=4, batch_size=4)
+    alone = generate(model, ["a red circle"], num_steps=3, seed=4, image_index=[3])
+    assert np.abs(together[3].astype(int) - alone[0].astype(int)).max() <= 1
+    assert np.abs(together[0].astype(int) - together[1].astype(int)).max() > 10
+
+
+def test_resumed_run_ends_as_the_undisturbed_one(flags, tmp_path, monkeypatch):
+    whole = train(_config(flags, run__iterations=3, run__output=tmp_path / "whole"))
+
+    # Ctrl-C within the second of three iterations: it is finished, saved, and not done again
+    import diffusion_grpo.train as module
+
+    calls = []
+
+    def interrupted(*args, **kw):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kw)
+
+    original = module.group_advantages
+    monkeypatch.setattr(module, "group_advantages", interrupted)
+    config = _config(flags, run__iterations=3, run__output=tmp_path / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(tmp_path / "broken")]) == 0
+    first, second = (load_file(tmp_path / run / "final" / UNET) for run in ("whole", "broken"))
+    assert all((first[name] == second[name]).all() for name in first)
+    rows = [read_metrics(tmp_path / run) for run in ("whole", "broken")]
+    for a, b in zip(*rows, strict=True):
+        assert {k: v for k, v in a.items() if "time/" not in k and k != "images_per_second"} == {
+            k: v for k, v in b.items() if "time/" not in k and k != "images_per_second"
+        }
+    assert whole.after.scores["total"].shape == (2,)
+
+
+def test_log_probs_are_recomputed_exactly_by_the_real_unet(checkpoint):
+    from diffusion_grpo.pipeline import TrainablePolicy, encode_prompts
+
+    model = StableDiffusion.from_pretrained(checkpoint)
+    policy = TrainablePolicy(model.unet, 3.0)
+    schedule = make_schedule(model.scheduler_config, 4, eta=1.0)
+    noise = jax.random.normal(jax.random.key(0), (4, 8, 8, 4))
+    keys = jax.random.split(jax.random.key(1), 4)
+    texts = encode_prompts(model, ["a red circle", "a star", "two crosses", "a square", ""])
+    conditioning = (texts[:4], texts[4:])
+    for storage in (jnp.float32, jnp.bfloat16):
+        draw = jax.jit(
+            lambda p, storage=storage: sample(
+                policy.denoiser(p, policy.frozen),
+                schedule,
+                noise,
+                keys,
+                conditioning,
+                storage_dtype=storage,
+            )
+        )
+        again = jax.jit(
+            lambda p, t: trajectory_log_probs(
+                policy.denoiser(p, policy.frozen), schedule, t, conditioning, "mean"
+            )
+        )
+        trajectory = draw(policy.trained)
+        ratio = jnp.exp(again(policy.trained, trajectory) - trajectory.log_probs)
+        assert float(jnp.abs(ratio - 1).max()) == 0.0
+
+
+def test_choose_steps_leaves_out_what_has_no_density(checkpoint):
+    model = StableDiffusion.from_pretrained(checkpoint)
+    schedule = make_schedule(
+        model.scheduler_config, 5, eta=1.0, stochastic_steps=[True, True, True, False, False]
+    )
+    steps, scale = choose_steps(schedule, jnp.ones(5), None, (0, 0, 0))
+    assert steps.tolist() == [0, 1, 2] and float(scale) == 1.0
+    steps, scale = choose_steps(schedule, jnp.ones(5), 2, (0, 0, 0))
+    assert len(steps) == 2 and float(scale) == 1.5
+
+
+def test_a_prompt_that_stands_twice_in_a_batch_gets_two_groups_of_different_noise():
+    index, texts, _, image = lay_out([(7, Prompt("a")), (3, Prompt("b")), (7, Prompt("a"))], 2)
+    assert index.tolist() == [7, 7, 3, 3, 7, 7] and texts == ["a", "a", "b", "b", "a", "a"]
+    assert image.tolist() == [0, 1, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"--rollout.images-per-prompt": "1"}, "2 or more"),
+        ({"--grpo.microbatch": "3"}, "divisor of 4, the nearest are 2 and 4"),
+        ({"--prompts.train": "nowhere.txt"}, "nowhere.txt"),
+        ({"--model": "shapes-difusion"}, "did you mean 'shapes-diffusion'"),
+        ({"--reward.rewards": "jpg_size"}, "jpeg_size"),
+        ({"--grpo.clip-hihg": "1"}, "clip-high"),
+        ({"--rollout.eta": "0"}, "eta"),
+    ],
+)
+def test_bad_input_exits_with_2_before_any_work(flags, changed, named, tmp_path, capsys):
+    assert main(["train", *_words(flags | changed)]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_prompt_file_is_named(flags, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    assert main(["train", *_words(flags | {"--prompts.train": str(tmp_path / "empty.txt")})]) == 2
+    assert "empty.txt: no prompt" in capsys.readouterr().err
+
+
+def test_directory_of_another_run_is_refused(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    with pytest.raises(UsageError, match="another run.*--resume"):
+        train(_config(flags))
+
+
+def test_unwritable_output_is_refused(flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        train(_config(flags, run__output=tmp_path / "file" / "run"))
+
+
+def test_directory_without_model_index_exits_with_2(flags, checkpoint, tmp_path, capsys):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "model_index.json").unlink()
+    assert main(["train", *_words(flags | {"--model": str(copy)})]) == 2
+    assert "no model_index.json" in capsys.readouterr().err
+
+
+def test_sample_writes_a_grid_with_its_settings(checkpoint, tmp_path):
+    path = tmp_path / "grid.png"
+    words = ["--model", str(checkpoint), "--prompt", "a red circle", "a star", "--num-images", "3"]
+    assert main(["sample", *words, "--num-steps", "2", "--seed", "5", "--output", str(path)]) == 0
+    image = Image.open(path)
+    assert image.text["seed"] == "5" and "a star" in image.text["prompt"]
+    assert image.width > 3 * 128 and image.height > 2 * 128
+
+
+def test_resuming_nothing_is_refused(tmp_path, capsys):
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "config.yaml" in capsys.readouterr().err
