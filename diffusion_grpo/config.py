@@ -139,10 +139,17 @@ def demo() -> Config:
             num_steps=10,
             guidance_scale=3.0,
             microbatch=64,
+            same_initial_noise=True,
+            window_size=3,
         ),
-        grpo=GRPOOptions(clip_low=4e-3, clip_high=4e-3, step_weights="gain", microbatch=32),
-        optim=OptimConfig(warmup_iterations=4),
-        eval=EvalConfig(num_prompts=64, images_per_prompt=2, num_steps=10),
+        reward=RewardConfig(
+            rewards=("clip=1.0",), options=("clip.model=shapes-clip", "shapes.partial_credit=false")
+        ),
+        grpo=GRPOOptions(
+            clip_low=4e-3, clip_high=4e-3, beta=0.01, updates_per_rollout=1, microbatch=32
+        ),
+        optim=OptimConfig(learning_rate=3e-4, beta2=0.99, warmup_iterations=4),
+        eval=EvalConfig(num_prompts=128, num_steps=20, gold=("shapes",)),
         run=RunConfig(output="runs/demo", iterations=60),
     )
 

@@ -7,7 +7,7 @@ out group by group, `[P * G]`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -148,3 +148,12 @@ def kl_estimate(
     if kind == "k2":
         return 0.5 * jnp.square(log_ratio)
     return jnp.expm1(-log_ratio) + log_ratio
+
+
+def __getattr__(name: str) -> Any:
+    """Offer the trainer here too; it is built on this module, so it cannot be imported above."""
+    if name in ("GRPOConfig", "GRPOTrainer"):
+        from diffusion_grpo import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
