@@ -180,7 +180,7 @@ def evaluate(policy: Any, batch: Samples, name: str) -> tuple[Array, Array]:
             return log_probs, sampled_entropy(log_probs, old_log_probs)
         return log_probs, _fit(entropy(states), f"{name}'s entropy(states)", count)
     logits = policy(states)
-    shape = tuple(getattr(logits, "shape", ()))
+    shape = getattr(logits, "shape", ())
     if len(shape) not in (2, 3) or shape[:-1] != actions.shape:
         raise UsageError(
             f"{name} returns {shape or type(logits).__name__} for actions {actions.shape}; "
@@ -188,7 +188,7 @@ def evaluate(policy: Any, batch: Samples, name: str) -> tuple[Array, Array]:
         )
     log_softmax = jax.nn.log_softmax(logits.astype(jnp.float32))
     # An action that does not exist gets NaN, which train_step refuses; −1 would be the last one.
-    index = jnp.where(actions < 0, shape[-1], actions.astype(jnp.int32))[..., None]
+    index = jnp.where(actions < 0, logits.shape[-1], actions.astype(jnp.int32))[..., None]
     log_probs = jnp.take_along_axis(log_softmax, index, -1, mode="fill", fill_value=jnp.nan)
     # p log p is 0 at p = 0, where a logit of −inf (a masked action) would give 0 · −inf.
     terms = jnp.exp(log_softmax) * jnp.where(jnp.isneginf(log_softmax), 0.0, log_softmax)

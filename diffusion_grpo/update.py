@@ -2,14 +2,15 @@
 
 Given the recorded latents, the T denoising steps are independent. So the gradient of a
 trajectory-ratio loss is Σ_t w_t (∂L/∂log ρ) ∇ log π_θ(x_s|x_t) with one scalar ∂L/∂log ρ an image,
-known once the sum over the steps is. Steps and microbatches are scanned: memory holds one step of
-one microbatch, whatever T and the batch.
+known once the sum over the steps is. One step of one microbatch is differentiated at a time: memory
+holds no more, whatever T and the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -101,16 +102,173 @@ def reference_means(
     return jax.lax.scan(step, empty, active)[0]
 
 
-def _split(tree: Any, batch: int, size: int, axis: int) -> Any:
-    """Lay the batch axis out as microbatches in front: `[.., B, ..]` → `[B/size, .., size, ..]`."""
+def _rows(batch: UpdateBatch, start: int, size: int) -> dict[str, Any]:
+    """Take a microbatch: images `start` to `start + size`, and what all images share."""
+    count = batch.trajectory.latents.shape[1]
+    rows = slice(start, start + size)
+    data = {
+        "latents": batch.trajectory.latents[:, rows],
+        "old": batch.trajectory.log_probs[:, rows],
+        "advantages": batch.advantages[rows],
+        "conditioning": jax.tree.map(
+            lambda x: x[rows] if x.shape[0] == count else x, batch.conditioning
+        ),
+    }
+    if batch.reference_means is not None:
+        data["reference"] = batch.reference_means[:, rows]
+    return data
 
-    def split(x: Array) -> Array:
-        if x.shape[axis] != batch:  # one entry for all images
-            return jnp.broadcast_to(x[None], (batch // size, *x.shape))
-        shape = (*x.shape[:axis], batch // size, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    return jax.tree.map(split, tree)
+def make_gradient(
+    policy: Policy, config: LossConfig
+) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """Compile the gradient of the GRPO loss, accumulated over microbatches and steps.
+
+    One compiled program differentiates one step of one microbatch and adds to the sum, which is
+    donated; a loop on the host calls it. So memory holds one step's activations whatever T and the
+    batch, and one step is all that is compiled. (`lax.scan` around it would do the same in one
+    program, but XLA's CPU backend runs the gradients of convolutions 10 times slower in a loop.)
+
+    Args:
+        policy: (trained, frozen parameters) → denoiser.
+        config: see `LossConfig`.
+
+    Returns:
+        `gradient(params, frozen, schedule, batch, weights, active, steps, on_policy=…)`, as
+        `loss_gradient`.
+    """
+
+    def log_prob(
+        params: Any, frozen: Any, schedule: Schedule, mb: Any, i: Array
+    ) -> tuple[Array, Array, Array]:
+        x_t, x_s = mb["latents"][i], mb["latents"][i + 1]
+        denoiser = policy(params, frozen)
+        mean, std = denoising_step(denoiser, schedule, i, x_t, mb["conditioning"])
+        return gaussian_log_prob(x_s, mean, std, reduction=config.reduction), mean, std
+
+    def surrogate(log_ratio: Array, mb: Any) -> tuple[Array, Array]:
+        loss, clipped = clipped_surrogate(
+            log_ratio, mb["advantages"], clip_low=config.clip_low, clip_high=config.clip_high
+        )
+        return loss.sum(), clipped
+
+    @partial(jax.jit, static_argnames="on_policy")
+    def trajectory_terms(
+        params: Any,
+        frozen: Any,
+        schedule: Schedule,
+        mb: Any,
+        weights: Array,
+        active: Array,
+        *,
+        on_policy: bool,
+    ) -> tuple[Array, dict[str, Array]]:
+        """∂L/∂log ρ of each image, and the ratio's metrics."""
+        log_ratio = jnp.zeros_like(mb["advantages"])
+        if not on_policy:
+
+            def sweep(total: Array, i: Array) -> tuple[Array, None]:
+                log_p, _, _ = log_prob(params, frozen, schedule, mb, i)
+                return total + weights[i] * (log_p - mb["old"][i]), None
+
+            log_ratio, _ = jax.lax.scan(sweep, log_ratio, active)
+        (loss, clipped), pull = jax.value_and_grad(surrogate, has_aux=True)(log_ratio, mb)
+        return pull, _ratio_metrics(log_ratio, clipped) | {"policy_loss": loss}
+
+    @partial(jax.jit, donate_argnums=0)
+    def accumulate(
+        gradient: Any,
+        params: Any,
+        frozen: Any,
+        schedule: Schedule,
+        mb: Any,
+        weights: Array,
+        i: Array,
+        pull: Array,
+        share: Array,
+        kl_share: Array,
+    ) -> tuple[Any, dict[str, Array]]:
+        """Add one step's gradient; the shares are what its terms count in the sum."""
+
+        def step_loss(params: Any) -> tuple[Array, dict[str, Array]]:
+            log_p, mean, std = log_prob(params, frozen, schedule, mb, i)
+            metrics = {}
+            if config.ratio == "trajectory":
+                loss = share * weights[i] * (pull * log_p).sum()
+            else:
+                log_ratio = log_p - mb["old"][i]
+                value, clipped = surrogate(log_ratio, mb)
+                loss = share * value
+                metrics = _ratio_metrics(log_ratio, clipped) | {"policy_loss": value}
+                metrics = {k: v if k in EXTREMES else share * v for k, v in metrics.items()}
+            if config.beta:
+                kl = gaussian_kl(mean, mb["reference"][i], std, reduction=config.reduction)
+                loss = loss + kl_share * config.beta * kl.sum()
+                metrics = metrics | {"kl": kl_share * kl.sum()}
+            return loss, metrics
+
+        new, metrics = jax.grad(step_loss, has_aux=True)(params)
+        return jax.tree.map(jnp.add, gradient, new), metrics
+
+    def gradient(
+        params: Any,
+        frozen: Any,
+        schedule: Schedule,
+        batch: UpdateBatch,
+        weights: Array,
+        active: Array,
+        steps: Array,
+        *,
+        on_policy: bool,
+    ) -> tuple[Any, dict[str, Array]]:
+        count = batch.trajectory.latents.shape[1]
+        number = steps.shape[0]
+        # A trajectory's log-prob and the KL are sums over the A steps, estimated from K of them; a
+        # per-step loss is a mean over the K, so that it does not grow with their number.
+        kl_share = jnp.float32(active.shape[0] / number)
+        share = kl_share if config.ratio == "trajectory" else jnp.float32(1 / number)
+        total = jax.tree.map(jnp.zeros_like, params)
+        history: list[dict[str, Array]] = []
+        for start in range(0, count, config.microbatch):
+            mb = _rows(batch, start, config.microbatch)
+            pull = jnp.zeros_like(mb["advantages"])
+            if config.ratio == "trajectory":
+                pull, metrics = trajectory_terms(
+                    params, frozen, schedule, mb, weights, active, on_policy=on_policy
+                )
+                history.append(metrics)
+            for k in range(number):
+                total, metrics = accumulate(
+                    total, params, frozen, schedule, mb, weights, steps[k], pull, share, kl_share
+                )
+                history.append(metrics)
+        return _divide(total, jnp.float32(count)), _reduce(history, count)
+
+    return gradient
+
+
+EXTREMES = ("ratio/min", "ratio/max")
+
+
+@partial(jax.jit, donate_argnums=0)
+def _divide(tree: Any, count: Array) -> Any:
+    return jax.tree.map(lambda x: x / count, tree)
+
+
+def _reduce(history: list[dict[str, Array]], count: int) -> dict[str, Array]:
+    """Reduce metrics of microbatches and steps: extremes, and sums of the rest by image."""
+    stacked: dict[str, list[Array]] = {}
+    for metrics in history:
+        for name, value in metrics.items():
+            stacked.setdefault(name, []).append(value)
+    reduced = {}
+    for name, values in stacked.items():
+        joined = jnp.stack(values)
+        if name in EXTREMES:
+            reduced[name] = joined.min() if name == "ratio/min" else joined.max()
+        else:
+            reduced[name] = joined.sum() / count
+    return reduced
 
 
 def loss_gradient(
@@ -126,17 +284,16 @@ def loss_gradient(
     *,
     on_policy: bool,
 ) -> tuple[Any, dict[str, Array]]:
-    """Return the gradient of the GRPO loss, accumulated over microbatches and steps, and metrics.
+    """Return the gradient of the GRPO loss and its metrics, once; see `make_gradient`.
 
     Args:
         policy: (trained, frozen parameters) → denoiser.
         config: see `LossConfig`.
         params: the trained parameters θ.
-        frozen: the rest of the network's; passed, not closed over, so that no weight is compiled
-            in.
+        frozen: the rest of the network's; passed, so that no weight is compiled in.
         schedule: of the rollout.
         batch: the rollout.
-        weights: w_t of the trajectory log-prob; 0 leaves a step out.
+        weights: w_t of the trajectory log-prob.
         active: the steps in play: those with noise and a weight above 0.
         steps: those of them to differentiate. Their gradients are scaled by A/K, so that a uniform
             draw of K is an unbiased estimate.
@@ -146,85 +303,8 @@ def loss_gradient(
     Returns:
         Gradient, like `params`; metrics, scalars.
     """
-    latents = batch.trajectory.latents
-    count = latents.shape[1]
-    scale = active.shape[0] / steps.shape[0]
-    size = config.microbatch
-    data = {
-        "latents": _split(latents, count, size, 1),
-        "old": _split(batch.trajectory.log_probs, count, size, 1),
-        "conditioning": _split(batch.conditioning, count, size, 0),
-        "advantages": _split(batch.advantages, count, size, 0),
-    }
-    if config.beta:
-        data["reference"] = _split(batch.reference_means, count, size, 1)
-
-    def log_prob(params: Any, mb: Any, i: Array) -> tuple[Array, Array, Array]:
-        x_t, x_s = mb["latents"][i], mb["latents"][i + 1]
-        mean, std = denoising_step(policy(params, frozen), schedule, i, x_t, mb["conditioning"])
-        return gaussian_log_prob(x_s, mean, std, reduction=config.reduction), mean, std
-
-    def surrogate(log_ratio: Array, mb: Any) -> tuple[Array, Array]:
-        loss, clipped = clipped_surrogate(
-            log_ratio, mb["advantages"], clip_low=config.clip_low, clip_high=config.clip_high
-        )
-        return loss.sum() / count, clipped
-
-    def trajectory_terms(mb: Any) -> tuple[Array, dict[str, Array]]:
-        """∂L/∂log ρ of each image, and the ratio's metrics."""
-        if on_policy:
-            log_ratio = jnp.zeros_like(mb["advantages"])
-        else:
-
-            def sweep(total: Array, i: Array) -> tuple[Array, None]:
-                return total + weights[i] * (log_prob(params, mb, i)[0] - mb["old"][i]), None
-
-            log_ratio, _ = jax.lax.scan(sweep, jnp.zeros_like(mb["advantages"]), active)
-        (loss, clipped), pull = jax.value_and_grad(surrogate, has_aux=True)(log_ratio, mb)
-        return pull, _ratio_metrics(log_ratio, clipped) | {"policy_loss": loss * count}
-
-    def step_loss(params: Any, mb: Any, i: Array, pull: Array) -> tuple[Array, dict[str, Array]]:
-        log_p, mean, std = log_prob(params, mb, i)
-        if config.ratio == "trajectory":
-            loss, metrics = scale * weights[i] * (pull * log_p).sum(), {}
-        else:
-            # A mean over the steps, so that the loss does not grow with their number.
-            log_ratio = log_p - mb["old"][i]
-            value, clipped = surrogate(log_ratio, mb)
-            loss = value / steps.shape[0]
-            metrics = _ratio_metrics(log_ratio, clipped) | {"policy_loss": value * count}
-            metrics = {k: v if k in EXTREMES else v / steps.shape[0] for k, v in metrics.items()}
-        if config.beta:
-            kl = gaussian_kl(mean, mb["reference"][i], std, reduction=config.reduction)
-            loss = loss + scale * config.beta * kl.sum() / count
-            metrics = metrics | {"kl": scale * kl.sum()}
-        return loss, metrics
-
-    def microbatch(gradient: Any, mb: Any) -> tuple[Any, dict[str, Array]]:
-        if config.ratio == "trajectory":
-            pull, metrics = trajectory_terms(mb)
-        else:
-            pull, metrics = jnp.zeros_like(mb["advantages"]), {}
-
-        def step(gradient: Any, i: Array) -> tuple[Any, dict[str, Array]]:
-            new, values = jax.grad(step_loss, has_aux=True)(params, mb, i, pull)
-            return jax.tree.map(jnp.add, gradient, new), values
-
-        gradient, values = jax.lax.scan(step, gradient, steps)
-        return gradient, metrics | _reduce(values)
-
-    zero = jax.tree.map(jnp.zeros_like, params)
-    gradient, values = jax.lax.scan(microbatch, zero, data)
-    values = _reduce(values)
-    return gradient, {k: v if k in EXTREMES else v / count for k, v in values.items()}
-
-
-EXTREMES = {"ratio/min": jnp.min, "ratio/max": jnp.max}
-
-
-def _reduce(values: dict[str, Array]) -> dict[str, Array]:
-    """Reduce scanned metrics over their leading axis: extremes, and sums of the rest."""
-    return {name: EXTREMES.get(name, jnp.sum)(value, axis=0) for name, value in values.items()}
+    gradient = make_gradient(policy, config)
+    return gradient(params, frozen, schedule, batch, weights, active, steps, on_policy=on_policy)
 
 
 def _ratio_metrics(log_ratio: Array, clipped: Array) -> dict[str, Array]:
@@ -252,30 +332,10 @@ def make_update(
         `clip_fraction`, `approx_kl`, `kl` (where β > 0), `grad_norm` (before clipping). A gradient
         that is not finite leaves the state as it was, and `skipped` is 1.
     """
+    gradient_of = make_gradient(policy, config)
 
-    def update(
-        state: TrainState,
-        frozen: Any,
-        schedule: Schedule,
-        batch: UpdateBatch,
-        weights: Array,
-        active: Array,
-        steps: Array,
-        *,
-        on_policy: bool,
-    ) -> tuple[TrainState, dict[str, Array]]:
-        gradient, metrics = loss_gradient(
-            policy,
-            config,
-            state.params,
-            frozen,
-            schedule,
-            batch,
-            weights,
-            active,
-            steps,
-            on_policy=on_policy,
-        )
+    @partial(jax.jit, donate_argnums=0)
+    def apply(state: TrainState, gradient: Any) -> tuple[TrainState, dict[str, Array]]:
         norm = optax.tree.norm(gradient)
         # Optax raises a float to an integer count, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
@@ -283,8 +343,22 @@ def make_update(
         new = TrainState(optax.apply_updates(state.params, changes), opt_state)
         finite = jnp.isfinite(norm)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        kl = metrics.get("kl", jnp.zeros((), jnp.float32))
-        metrics["loss"] = metrics["policy_loss"] + config.beta * kl
-        return state, metrics | {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+        return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
 
-    return jax.jit(update, static_argnames="on_policy", donate_argnums=0)
+    def update(
+        state: TrainState,
+        frozen: Any,
+        schedule: Schedule,
+        batch: UpdateBatch,
+        *steps: Array,
+        on_policy: bool,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        gradient, metrics = gradient_of(
+            state.params, frozen, schedule, batch, *steps, on_policy=on_policy
+        )
+        state, applied = apply(state, gradient)
+        penalty = metrics.get("kl", jnp.zeros((), jnp.float32))
+        metrics["loss"] = metrics["policy_loss"] + config.beta * penalty
+        return state, metrics | applied
+
+    return update
