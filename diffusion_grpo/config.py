@@ -137,7 +137,7 @@ def demo() -> Config:
             prompts_per_iteration=8,
             images_per_prompt=8,
             num_steps=10,
-            guidance_scale=3.0,
+            guidance_scale=1.0,
             microbatch=64,
             same_initial_noise=True,
             window_size=3,
@@ -149,8 +149,8 @@ def demo() -> Config:
             clip_low=4e-3, clip_high=4e-3, beta=0.01, updates_per_rollout=1, microbatch=32
         ),
         optim=OptimConfig(learning_rate=3e-4, beta2=0.99, warmup_iterations=4),
-        eval=EvalConfig(num_prompts=128, num_steps=20, gold=("shapes",)),
-        run=RunConfig(output="runs/demo", iterations=60),
+        eval=EvalConfig(num_prompts=360, num_steps=20, gold=("shapes",)),
+        run=RunConfig(output="runs/demo", iterations=120),
     )
 
 
