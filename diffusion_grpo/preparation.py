@@ -18,39 +18,48 @@ from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.update import reference_means
 
 
-def prepare_directory(config: Config, resume: bool) -> Path:
-    """Make the run directory, or refuse one that holds another run.
+def check_directory(config: Config, resume: bool) -> Path:
+    """Find out whether a run can be written to its directory, without leaving anything there.
 
     Raises:
         UsageError: it holds a run and this is no resume, or none and this is one; it cannot
             be written.
     """
     directory = Path(config.run.output)
-    existing = directory / "config.yaml"
-    if resume and not existing.is_file():
+    held = (directory / "config.yaml").is_file()
+    mend = "choose another with --run.output"
+    if resume and not held:
         raise UsageError(f"{directory} holds no run to resume: config.yaml is not there")
-    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        what = "another run" if existing.is_file() else "other files"
+    if not resume and held:
         raise UsageError(
-            f"output directory {directory} holds {what}; choose another with --run.output, "
-            f"or go on with it by `diffusion-grpo train --resume {directory}`"
-            if existing.is_file()
-            else f"output directory {directory} holds {what}; choose another with --run.output"
+            f"output directory {directory} holds another run; {mend}, or go on with it by "
+            f"`diffusion-grpo train --resume {directory}`"
         )
+    if not resume and directory.is_dir() and any(directory.iterdir()):
+        raise UsageError(f"output directory {directory} holds other files; {mend}")
+    parent = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"output directory {directory} cannot be written: {parent} refuses; {mend}"
+        )
+    return directory
+
+
+def make_directory(config: Config, directory: Path) -> None:
+    """Make the run directory with its `config.yaml`, if it is not there.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
         (directory / "samples").mkdir(parents=True, exist_ok=True)
-        if not resume:
-            existing.write_text(to_yaml(config))
+        if not (directory / "config.yaml").is_file():
+            (directory / "config.yaml").write_text(to_yaml(config))
     except OSError as error:
         raise UsageError(
             f"output directory {directory} cannot be written ({error.strerror}); choose another "
             "with --run.output"
         ) from None
-    if not os.access(directory, os.W_OK):
-        raise UsageError(
-            f"output directory {directory} is not writable; choose another with --run.output"
-        )
-    return directory
 
 
 def load_model(config: Config, source: Path) -> StableDiffusion:

@@ -27,13 +27,14 @@ from diffusion_grpo.interrupt import StopRequest
 from diffusion_grpo.metrics import MetricsLog, Progress
 from diffusion_grpo.pipeline import encode_prompts, latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
+    check_directory,
     decode_chunks,
     load_model,
     lora_options,
+    make_directory,
     make_optimizer,
     make_reference,
     make_rollout,
-    prepare_directory,
 )
 from diffusion_grpo.pretrained import check_layout, local_directory
 from diffusion_grpo.prompts import Prompt, load_prompts, prompt_batch
@@ -87,10 +88,11 @@ def train(config: Config, *, resume: bool = False) -> Result:
     gold_specs = config.gold_rewards()
     source = local_directory(config.model.pretrained)
     check_layout(source)
-    directory = prepare_directory(config, resume)
+    directory = check_directory(config, resume)
     rewards = RewardSet.load(config.training_rewards())
     gold = RewardSet.load(gold_specs) if gold_specs else None
     model = load_model(config, source)
+    make_directory(config, directory)
 
     # The policy, its optimizer, and the compiled pieces of an iteration.
     options, rollout, seed = config.grpo, config.rollout, config.run.seed

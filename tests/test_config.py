@@ -53,6 +53,7 @@ def test_flags_are_laid_over_a_preset():
         eval=dataclasses.replace(demo.eval, gold=("jpeg_size", "my.py:f=2")),
         rollout=dataclasses.replace(demo.rollout, same_initial_noise=True),
         prompts=dataclasses.replace(demo.prompts, heldout=None),
+        reward=dataclasses.replace(demo.reward, options=("clip.model=shapes-clip",)),
     )
 
 
@@ -257,7 +258,7 @@ def test_value_out_of_bounds_is_refused_by_name(section, values):
         (Config(rollout=RolloutConfig(eta=0.0)), "rollout.eta is 0, so no step has a density"),
         (
             Config(rollout=RolloutConfig(num_steps=1), grpo=GRPOOptions(step_weights="gain")),
-            "grpo.step_weights is 'gain', which drops the last step",
+            "grpo.step_weights is 'gain', which drops the last noisy step",
         ),
     ],
 )
@@ -303,11 +304,12 @@ def test_reward_options_may_name_files_and_hold_any_value():
 
 
 def test_replaced_reward_takes_its_inherited_options_along(tmp_path):
-    assert load_config("demo").reward.options == ("clip.model=shapes-clip",)
-    assert load_config("demo", ["--reward", "jpeg_size"]).reward.options == ()
+    gold = "shapes.partial_credit=false"
+    assert load_config("demo").reward.options == ("clip.model=shapes-clip", gold)
+    assert load_config("demo", ["--reward", "jpeg_size"]).reward.options == (gold,)
     assert from_dict({"reward": {"rewards": ["jpeg_size"]}}).reward.options == ()
     both = load_config("demo", ["--reward", "clip=2", "jpeg_size"])
-    assert both.reward.options == ("clip.model=shapes-clip",)
+    assert both.reward.options == ("clip.model=shapes-clip", gold)
     as_gold = load_config("demo", ["--reward", "jpeg_size", "--eval.gold", "clip"])
     assert as_gold.reward.options == ("clip.model=shapes-clip",)
     assert [spec.options for spec in as_gold.training_rewards()] == [{}]

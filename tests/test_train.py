@@ -28,7 +28,7 @@ from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.prompts import Prompt
 from diffusion_grpo.rollout import sample, trajectory_log_probs
 from diffusion_grpo.schedule import make_schedule
-from diffusion_grpo.train import choose_steps, lay_out, train
+from diffusion_grpo.train import active_steps, choose_steps, lay_out, train
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -213,10 +213,11 @@ def test_choose_steps_leaves_out_what_has_no_density(checkpoint):
     schedule = make_schedule(
         model.scheduler_config, 5, eta=1.0, stochastic_steps=[True, True, True, False, False]
     )
-    steps, scale = choose_steps(schedule, jnp.ones(5), None, (0, 0, 0))
-    assert steps.tolist() == [0, 1, 2] and float(scale) == 1.0
-    steps, scale = choose_steps(schedule, jnp.ones(5), 2, (0, 0, 0))
-    assert len(steps) == 2 and float(scale) == 1.5
+    active = active_steps(schedule, jnp.ones(5).at[1].set(0))
+    assert active.tolist() == [0, 2]
+    assert choose_steps(active, None, (0, 0, 0)).tolist() == [0, 2]
+    drawn = {choose_steps(active, 1, (0, i, 0)).item() for i in range(20)}
+    assert drawn == {0, 2}
 
 
 def test_a_prompt_that_stands_twice_in_a_batch_gets_two_groups_of_different_noise():

@@ -103,19 +103,37 @@ def conv(
     )
 
 
-def group_norm(groups: int, channels: int, eps: float, **kw: Any) -> nnx.GroupNorm:
+class GroupNorm(nnx.GroupNorm):
+    """Flax's GroupNorm, statistics in float32 and the result in the compute dtype."""
+
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        """Normalize groups of channels; inside, Flax promotes bfloat16 to float32 implicitly."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Flax's LayerNorm, statistics in float32 and the result in the compute dtype."""
+
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        """Normalize over the last axis; as in `GroupNorm`."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def group_norm(groups: int, channels: int, eps: float, **kw: Any) -> GroupNorm:
     """Build a GroupNorm with the two-pass variance PyTorch has."""
     if channels % groups:
         raise UsageError(
             f"norm_num_groups={groups} does not divide {channels} channels; choose a divisor of "
             "every block's width"
         )
-    return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, use_fast_variance=False, **kw)
+    return GroupNorm(channels, num_groups=groups, epsilon=eps, use_fast_variance=False, **kw)
 
 
-def layer_norm(channels: int, eps: float = 1e-5, **kw: Any) -> nnx.LayerNorm:
+def layer_norm(channels: int, eps: float = 1e-5, **kw: Any) -> LayerNorm:
     """Build a LayerNorm over the last axis with the two-pass variance PyTorch has."""
-    return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, **kw)
+    return LayerNorm(channels, epsilon=eps, use_fast_variance=False, **kw)
 
 
 class Identity(nnx.Module):

@@ -49,7 +49,6 @@ class UNetConfig:
     cross_attention_dim: int = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
     use_linear_projection: bool = False
     upcast_attention: bool = False
     resnet_time_scale_shift: str = "default"
@@ -97,7 +96,7 @@ class UNetConfig:
                 f"UNet config: resnet_time_scale_shift={self.resnet_time_scale_shift!r} is not "
                 "supported; expected 'default' or 'scale_shift'"
             )
-        for name in ("transformer_layers_per_block", "attention_head_dim", "num_attention_heads"):
+        for name in ("transformer_layers_per_block", "attention_head_dim"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != n:
                 raise UsageError(
@@ -114,8 +113,7 @@ class UNetConfig:
 
         Diffusers' `attention_head_dim` is, for historical reasons, their number.
         """
-        given = self.num_attention_heads
-        return self.per_block(self.attention_head_dim if given is None else given)
+        return self.per_block(self.attention_head_dim)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -127,6 +125,7 @@ class UNetConfig:
 # accepted.
 UNSUPPORTED_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "only_cross_attention": (False,),
+    "num_attention_heads": (None,),
     "mid_block_scale_factor": (1, 1.0),
     "dropout": (0, 0.0),
     "encoder_hid_dim": (None,),

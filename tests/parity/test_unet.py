@@ -129,7 +129,7 @@ def test_spatial_transformer(linear):
     )  # fmt: skip
     x, c = torch.randn(2, 32, 4, 6), torch.randn(2, 5, 24)
     with torch.no_grad():
-        expected = _nhwc(theirs(x, encoder_hidden_states=c).sample)
+        expected = _nhwc(theirs(x, encoder_hidden_states=c, return_dict=False)[0])
     ours = _call(ours, jnp.asarray(_nhwc(x)), jnp.asarray(_numpy(c)))
     assert _relative_error(ours, expected) <= 1e-5
 
@@ -158,7 +158,7 @@ def _whole(torch_unet, height=8, width=8, dtype=jnp.float32):
         {"mid_block_type": None},
         {"mid_block_type": "UNetMidBlock2D"},
         {"flip_sin_to_cos": False, "freq_shift": 1, "center_input_sample": True},
-        {"num_attention_heads": 4, "attention_head_dim": 8, "act_fn": "gelu"},
+        {"attention_head_dim": 8, "act_fn": "gelu"},
         {"upcast_attention": True},
     ],
     ids=lambda fields: "-".join(fields) or "plain",
