@@ -14,13 +14,12 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
   if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
     echo $$python; break; fi; done)
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test lint bench clean
 
 help:
 	@echo "make setup      create $(VENV) and install diffusion-grpo into it"
 	@echo "make demo       fine-tune the embedded model; pictures before and after"
 	@echo "make test       run the tests"
-	@echo "make test-slow  run the tests that take more than a minute each"
 	@echo "make lint       check style and types"
 	@echo "make bench      measure speed; ARGS are handed to diffusion-grpo bench"
 	@echo "make clean      remove $(VENV) and caches; runs/ stays"
@@ -61,9 +60,6 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n auto $(ARGS)
-
-test-slow: $(VENV)/.test
-	$(BIN)/pytest -n auto -m slow $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -50,7 +50,7 @@ SCHEDULER: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
-    "steps_offset": 0,
+    "steps_offset": 1,
     "set_alpha_to_one": True,
     "clip_sample": False,
 }
