@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import ndimage as scipy_ndimage
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.resources import resource_path
@@ -17,8 +18,6 @@ from diffusion_grpo.shapes.scenes import (
     sample_scenes,
 )
 from diffusion_grpo.shapes.verify import PARTS, verify
-
-scipy_ndimage = pytest.importorskip("scipy.ndimage")
 
 # Not the seeds with which the judge's thresholds were chosen.
 SCENES = sample_scenes(np.random.default_rng(20260), 300, split="all")
