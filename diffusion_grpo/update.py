@@ -134,8 +134,12 @@ def make_gradient(
         config: see `LossConfig`.
 
     Returns:
-        `gradient(params, frozen, schedule, batch, weights, active, steps, on_policy=…)`, as
-        `loss_gradient`.
+        `gradient(params, frozen, schedule, batch, weights, active, steps, on_policy=…) -> (gradient
+        like params, metrics)`, where `frozen` are the network's other parameters (passed, so that
+        no weight is compiled in), `weights` `[T]` are w_t, `active` `[A]` the steps with noise and
+        a weight above 0, `steps` `[K]` those of them to differentiate: their gradients are scaled
+        by A/K, so that a uniform draw of K is an unbiased estimate. `on_policy` (static) says that
+        θ sampled the batch, so that ρ = 1 and no forward sweep is needed.
     """
 
     def log_prob(
@@ -269,42 +273,6 @@ def _reduce(history: list[dict[str, Array]], count: int) -> dict[str, Array]:
         else:
             reduced[name] = joined.sum() / count
     return reduced
-
-
-def loss_gradient(
-    policy: Policy,
-    config: LossConfig,
-    params: Any,
-    frozen: Any,
-    schedule: Schedule,
-    batch: UpdateBatch,
-    weights: Float[Array, " T"],
-    active: Int[Array, " A"],
-    steps: Int[Array, " K"],
-    *,
-    on_policy: bool,
-) -> tuple[Any, dict[str, Array]]:
-    """Return the gradient of the GRPO loss and its metrics, once; see `make_gradient`.
-
-    Args:
-        policy: (trained, frozen parameters) → denoiser.
-        config: see `LossConfig`.
-        params: the trained parameters θ.
-        frozen: the rest of the network's; passed, so that no weight is compiled in.
-        schedule: of the rollout.
-        batch: the rollout.
-        weights: w_t of the trajectory log-prob.
-        active: the steps in play: those with noise and a weight above 0.
-        steps: those of them to differentiate. Their gradients are scaled by A/K, so that a uniform
-            draw of K is an unbiased estimate.
-        on_policy: whether θ are the parameters that sampled the batch, so that ρ = 1 and no forward
-            sweep is needed (static).
-
-    Returns:
-        Gradient, like `params`; metrics, scalars.
-    """
-    gradient = make_gradient(policy, config)
-    return gradient(params, frozen, schedule, batch, weights, active, steps, on_policy=on_policy)
 
 
 def _ratio_metrics(log_ratio: Array, clipped: Array) -> dict[str, Array]:

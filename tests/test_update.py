@@ -16,7 +16,7 @@ from diffusion_grpo.update import (
     LossConfig,
     TrainState,
     UpdateBatch,
-    loss_gradient,
+    make_gradient,
     make_update,
     reference_means,
 )
@@ -35,6 +35,10 @@ SCHEDULER = SchedulerConfig.from_dict(
     }
 )
 SCHEDULE = make_schedule(SCHEDULER, T, eta=1.0)
+
+
+def loss_gradient(policy, config, *arguments, on_policy):
+    return make_gradient(policy, config)(*arguments, on_policy=on_policy)
 
 
 class Network(nnx.Module):
