@@ -66,20 +66,51 @@ def gaussian_kl(
     std: Float[Array, ""] | Float[Array, " B"] | float,
     *,
     reduction: Reduction,
+    std_q: Float[Array, ""] | Float[Array, " B"] | float | None = None,
 ) -> Float[Array, " B"]:
-    """Return KL(N(μ_p, σ² I) ‖ N(μ_q, σ² I)) = ‖μ_p − μ_q‖²/(2σ²), reduced over the latent.
+    """Return KL(N(μ_p, σ² I) ‖ N(μ_q, σ_q² I)), reduced over the latent.
 
-    Symmetric in p and q, since they share σ. Where σ = 0 the result is 0, with gradient 0.
+    ‖μ_p − μ_q‖²/(2σ²) where both share σ, and then symmetric in p and q. With σ_q given, an element
+    counts log(σ_q/σ) + (σ² + (μ_p − μ_q)²)/(2σ_q²) − ½. Where σ = 0 the result is 0, with
+    gradient 0.
 
     Args:
         mean_p: μ_p.
         mean_q: μ_q.
         std: σ, a scalar or one an image.
         reduction: average over the latent's elements, or total (`sum`, the divergence itself).
+        std_q: σ_q, shaped like `std`, 0 where it is; None where both share σ.
 
     Returns:
         float32 [B], in nats.
     """
-    positive, _, divisor = _safe_std(std, mean_p.ndim)
+    positive, safe, divisor = _safe_std(std, mean_p.ndim)
+    scale = jnp.zeros_like(safe)
+    if std_q is not None:
+        _, safe_q, divisor = _safe_std(std_q, mean_p.ndim)
+        log_scale = jnp.log(safe) - jnp.log(safe_q)
+        scale = 0.5 * jnp.expm1(2 * log_scale) - log_scale
+    count = 1 if reduction == "mean" else math.prod(mean_p.shape[1:])
     z = (mean_p.astype(jnp.float32) - mean_q.astype(jnp.float32)) / divisor
-    return jnp.where(positive, 0.5 * _reduce(z * z, reduction), 0.0)
+    return jnp.where(positive, 0.5 * _reduce(z * z, reduction) + count * scale, 0.0)
+
+
+def gaussian_entropy(
+    std: Float[Array, " *shape"], size: int, *, reduction: Reduction
+) -> Float[Array, " *shape"]:
+    """Return the entropy of N(μ, σ² I) over a latent of `size` elements.
+
+    log σ + ½ log 2πe an element; `mean` gives that, `sum` the total. Where σ = 0 the result is 0,
+    with gradient 0: a deterministic step has no density, and takes no part.
+
+    Args:
+        std: σ, any shape.
+        size: D, elements of a latent.
+        reduction: as in `gaussian_log_prob`.
+
+    Returns:
+        float32, shaped like `std`, in nats.
+    """
+    positive, safe, _ = _safe_std(std, 1)
+    count = 1 if reduction == "mean" else size
+    return jnp.where(positive, count * (jnp.log(safe) + _HALF_LOG_2PI + 0.5), 0.0)

@@ -1,131 +1,133 @@
-"""Group relative policy optimization as pure functions.
+"""Group relative policy optimization as pure functions: ratios, clipping, KL.
 
-Advantages, the clipped surrogate, KL estimators. Nothing here knows of diffusion. A policy is seen
-through numbers only: log-probs under the new, the old and the reference policy, and rewards laid
-out group by group, `[P * G]`.
+Nothing here knows of diffusion. A policy is seen through numbers only: log-probs under the new, the
+old and the reference policy, and advantages (`advantages.py`). The generic trainer and the
+diffusion update both call these functions.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffusion_grpo.errors import UsageError
+from diffusion_grpo.advantages import group_advantages, uninformative_groups
 
-Advantage = Literal["group", "group_mean", "group_global_std", "leave_one_out"]
+__all__ = [
+    "adapted_beta",
+    "clipped_surrogate",
+    "group_advantages",
+    "guarded_log_ratio",
+    "kl_estimate",
+    "masked_surrogate",
+    "scaled_clip",
+    "uninformative_groups",
+]
 
-
-def _grouped(values: Float[Array, " B"], group_size: int) -> Float[Array, "P G"]:
-    """Lay `[P * G]` out as `[P, G]`.
-
-    Raises:
-        UsageError: the group size is below 2 or does not divide the number of values.
-    """
-    if group_size < 2:
-        raise UsageError(
-            f"group_size is {group_size}; expected 2 or more, since a group's rewards are compared "
-            "with each other"
-        )
-    if values.shape[0] % group_size:
-        raise UsageError(
-            f"{values.shape[0]} rewards do not divide into groups of {group_size}; expected a "
-            "multiple, laid out group by group"
-        )
-    return values.reshape(-1, group_size)
-
-
-def group_advantages(
-    rewards: Float[Array, " B"],
-    group_size: int,
-    *,
-    kind: Advantage = "group",
-    eps: float = 1e-8,
-    clip: float | None = None,
-) -> Float[Array, " B"]:
-    """Return how much better each sample is than the others of its group.
-
-    With r the rewards of a group, std the population standard deviation (divisor G):
-
-    - `group`: (r − mean) / (std + eps) (Shao et al. 2024, section 4.1)
-    - `group_mean`: r − mean (Dr. GRPO, Liu et al. 2025)
-    - `group_global_std`: (r − mean) / (std of the whole batch + eps) (Flow-GRPO, Liu et al. 2025)
-    - `leave_one_out`: r − mean of the others = (r − mean) G/(G−1) (RLOO, Ahmadian et al. 2024)
-
-    A group of equal rewards gets exactly 0 whatever their magnitude: the group's first reward is
-    subtracted before the mean is taken, so no rounding of a large mean is left over to be divided
-    by a tiny std.
-
-    Args:
-        rewards: [P·G], group by group.
-        group_size: G, at least 2.
-        kind: see above.
-        eps: in units of the reward.
-        clip: bound on the absolute value, None for none.
-
-    Returns:
-        Advantages [P·G], float32.
-
-    Raises:
-        UsageError: the group size is below 2 or does not divide the batch.
-    """
-    groups = _grouped(rewards.astype(jnp.float32), group_size)
-    shifted = groups - groups[:, :1]
-    centered = shifted - shifted.mean(axis=1, keepdims=True)
-    if kind == "group":
-        advantages = centered / (_std(centered, axis=1) + eps)
-    elif kind == "group_mean":
-        advantages = centered
-    elif kind == "group_global_std":
-        batch = rewards.astype(jnp.float32) - rewards[0].astype(jnp.float32)
-        advantages = centered / (_std(batch - batch.mean()) + eps)
-    elif kind == "leave_one_out":
-        advantages = centered * (group_size / (group_size - 1))
-    else:
-        raise UsageError(
-            f"advantage {kind!r} is unknown; expected 'group', 'group_mean', 'group_global_std' or "
-            "'leave_one_out'"
-        )
-    advantages = advantages.reshape(-1)
-    return advantages if clip is None else jnp.clip(advantages, -clip, clip)
-
-
-def _std(centered: Array, axis: int | None = None) -> Array:
-    return jnp.sqrt(jnp.square(centered).mean(axis=axis, keepdims=axis is not None))
-
-
-def uninformative_groups(rewards: Float[Array, " B"], group_size: int) -> Bool[Array, " P"]:
-    """Say which groups have all rewards equal, so that they teach nothing."""
-    groups = _grouped(rewards, group_size)
-    return groups.max(axis=1) == groups.min(axis=1)
+Scalar = float | Float[Array, ""]
 
 
 def clipped_surrogate(
     log_ratio: Float[Array, "..."],
     advantages: Float[Array, "..."],
     *,
-    clip_low: float,
-    clip_high: float,
+    clip_low: Scalar,
+    clip_high: Scalar,
+    dual_clip: Scalar | None = None,
 ) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
     """Return PPO's loss of each sample (Schulman et al. 2017, eq. 7), and where it is clipped.
 
     max(−A ρ, −A clip(ρ, 1 − ε_low, 1 + ε_high)) with ρ = exp(log_ratio): no gradient where ρ has
-    already moved past the range in the direction that A asks for.
+    already moved past the range in the direction that A asks for. With `dual_clip` c the loss of a
+    sample with A < 0 is at most −A c, so that one whose ρ grew beyond c pulls no more (dual clip,
+    Ye et al. 2020, eq. 5).
 
     Args:
         log_ratio: log π_θ − log π_old.
         advantages: A, same shape.
         clip_low: ε_low.
         clip_high: ε_high.
+        dual_clip: c > 1; None leaves it out.
 
     Returns:
-        Losses, and whether the clipped branch (which has no gradient) is the one taken; same shape.
+        Losses, and whether a branch without gradient is the one taken; same shape.
     """
     ratio = jnp.exp(log_ratio)
     free = -advantages * ratio
     bounded = -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    return jnp.maximum(free, bounded), bounded > free
+    loss, clipped = jnp.maximum(free, bounded), bounded > free
+    if dual_clip is not None:
+        ceiling = -advantages * dual_clip
+        above = (advantages < 0) & (loss > ceiling)
+        loss, clipped = jnp.where(above, ceiling, loss), clipped | above
+    return loss, clipped
+
+
+def masked_surrogate(
+    log_ratio: Float[Array, "..."],
+    advantages: Float[Array, "..."],
+    divergence: Float[Array, "..."],
+    *,
+    limit: Scalar,
+) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
+    """Return −A ρ without clipping, dropped where the policy is far away and moves outward (DPPO).
+
+    A sample is dropped (loss and gradient 0) where its divergence from the old policy is above the
+    limit and A asks to go on in the direction it went: A > 0 and ρ > 1, or A < 0 and ρ < 1. So what
+    counts is how far the distribution moved, not how far the ratio of one draw did. Source:
+    divergence PPO's mask, with the KL of the two Gaussians as the divergence.
+
+    Args:
+        log_ratio: log π_θ − log π_old.
+        advantages: A, same shape.
+        divergence: KL between old and new policy, same shape, ≥ 0.
+        limit: in the divergence's units.
+
+    Returns:
+        Losses, and whether a sample is dropped; same shape.
+    """
+    dropped = (divergence > limit) & (advantages * log_ratio > 0)
+    return jnp.where(dropped, 0.0, -advantages * jnp.exp(log_ratio)), dropped
+
+
+def guarded_log_ratio(
+    log_ratio: Float[Array, "..."], divergence: Float[Array, "..."], std: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Return GRPO-Guard's normalized log-ratio of a Gaussian step, (log ρ + ‖Δμ‖²/(2σ²)) σ.
+
+    Under the old policy log ρ has mean −‖Δμ‖²/(2σ²), so that good samples clip later than bad ones;
+    adding it back centers the ratio. The factor σ makes its spread that of Δμ itself, the same for
+    a given change of the mean at every step.
+
+    Args:
+        log_ratio: log π_θ − log π_old of one step, reduced over the latent.
+        divergence: ‖Δμ‖²/(2σ²), Δμ = μ_θ − μ_old, reduced alike.
+        std: σ of the step, broadcast against the others.
+
+    Returns:
+        The exponent of the ratio, same shape.
+    """
+    return (log_ratio + divergence) * std
+
+
+def scaled_clip(clip_low: float, clip_high: float, scale: float) -> tuple[float, float]:
+    """Scale a clip range in log ρ: ρ in [(1 − ε_low)^s, (1 + ε_high)^s].
+
+    For small ranges this is s ε; for large ones the lower bound stays above 0.
+
+    Args:
+        clip_low: ε_low in (0, 1).
+        clip_high: ε_high > 0.
+        scale: s > 0.
+
+    Returns:
+        ε_low and ε_high of the scaled range: 1 − (1 − ε_low)^s and (1 + ε_high)^s − 1.
+    """
+    # e^80 is near the end of float32, and clips nothing.
+    high = min(scale * math.log1p(clip_high), 80.0)
+    return -math.expm1(scale * math.log1p(-clip_low)), math.expm1(high)
 
 
 def kl_estimate(
@@ -135,6 +137,10 @@ def kl_estimate(
 
     With δ = log π_θ − log π_ref: k1 = δ (unbiased, any sign), k2 = δ²/2 (biased, ≥ 0),
     k3 = e^(−δ) − 1 + δ (unbiased, ≥ 0). Source: Schulman 2020, "Approximating KL divergence".
+
+    As a loss each has the gradient of its formula: ∇δ for k1, whose expectation is 0; δ ∇δ for k2,
+    whose expectation is the gradient of KL(π_θ ‖ π_ref); (1 − e^(−δ)) ∇δ for k3, whose expectation
+    is the gradient of KL(π_ref ‖ π_θ).
 
     Args:
         log_ratio: δ.
@@ -148,6 +154,25 @@ def kl_estimate(
     if kind == "k2":
         return 0.5 * jnp.square(log_ratio)
     return jnp.expm1(-log_ratio) + log_ratio
+
+
+def adapted_beta(beta: float, kl: float, target: float, *, gain: float = 0.1) -> float:
+    """Return the next β of a controller that holds the KL at a target.
+
+    β (1 + K e) with e = clip((KL − target)/target, −0.2, 0.2). Source: Ziegler et al. 2019,
+    section 2.2, with their K = 0.1.
+
+    Args:
+        beta: β > 0 now.
+        kl: measured with it, in the units of the target.
+        target: > 0.
+        gain: K.
+
+    Returns:
+        β for the next iteration, > 0.
+    """
+    error = min(0.2, max(-0.2, (kl - target) / target))
+    return beta * (1 + gain * error)
 
 
 def __getattr__(name: str) -> Any:

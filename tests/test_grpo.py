@@ -1,71 +1,20 @@
+"""Surrogates, ratios and KL estimators against PyTorch, closed forms and Monte Carlo."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
-from diffusion_grpo.errors import UsageError
 from diffusion_grpo.grpo import (
+    adapted_beta,
     clipped_surrogate,
-    group_advantages,
+    guarded_log_ratio,
     kl_estimate,
-    uninformative_groups,
+    masked_surrogate,
+    scaled_clip,
 )
-
-REWARDS = np.array([0.1, 0.4, 0.35, 2.0, -1.0, 0.0, 5.7, 5.8, 5.71, 3.0, 3.0, 4.0], np.float32)
-
-
-def _expected(rewards, size, kind):
-    """The formulas in float64, sample by sample."""
-    r = rewards.astype(np.float64)
-    out = np.zeros_like(r)
-    for i in range(len(r)):
-        start = i // size * size
-        group = r[start : start + size]
-        others = np.delete(group, i - start)
-        out[i] = {
-            "group": (r[i] - group.mean()) / (group.std() + 1e-8),
-            "group_mean": r[i] - group.mean(),
-            "group_global_std": (r[i] - group.mean()) / (r.std() + 1e-8),
-            "leave_one_out": r[i] - others.mean(),
-        }[kind]
-    return out
-
-
-@pytest.mark.parametrize("kind", ["group", "group_mean", "group_global_std", "leave_one_out"])
-@pytest.mark.parametrize("size", [2, 3, 4, 6])
-def test_advantages_equal_the_formula_in_float64(kind, size):
-    ours = group_advantages(jnp.asarray(REWARDS), size, kind=kind)
-    np.testing.assert_allclose(ours, _expected(REWARDS, size, kind), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, 5.7, 22.13, 1e6, -0.3])
-@pytest.mark.parametrize("size", [2, 3, 6, 7, 12])
-@pytest.mark.parametrize("kind", ["group", "group_mean", "leave_one_out"])
-def test_equal_rewards_give_exactly_zero_advantage(value, size, kind):
-    rewards = jnp.full((2 * size,), value, jnp.float32)
-    assert (group_advantages(rewards, size, kind=kind) == 0).all()
-    assert uninformative_groups(rewards, size).all()
-
-
-def test_one_equal_group_beside_another_is_zero_for_the_global_std_too():
-    rewards = jnp.asarray([5.7] * 3 + [1.0, 2.0, 4.0], jnp.float32)
-    advantages = group_advantages(rewards, 3, kind="group_global_std")
-    assert (advantages[:3] == 0).all() and (advantages[3:] != 0).all()
-    assert uninformative_groups(rewards, 3).tolist() == [True, False]
-
-
-def test_advantages_are_clipped():
-    rewards = jnp.asarray([0.0] * 15 + [1.0], jnp.float32)
-    free = group_advantages(rewards, 16)
-    assert float(free.max()) == pytest.approx(np.sqrt(15), rel=1e-5)
-    assert float(group_advantages(rewards, 16, clip=2.0).max()) == 2.0
-
-
-@pytest.mark.parametrize(("count", "size", "named"), [(6, 1, "2 or more"), (6, 4, "do not divide")])
-def test_groups_that_do_not_fit_are_errors(count, size, named):
-    with pytest.raises(UsageError, match=named):
-        group_advantages(jnp.zeros(count), size)
 
 
 def test_surrogate_and_its_gradient_agree_with_torch():
@@ -111,3 +60,106 @@ def test_kl_estimators_against_the_closed_form():
     # k2 = δ²/2 has expectation (m² + m⁴/4)/2
     assert float(kl_estimate(delta, "k2").mean()) == pytest.approx((m**2 + m**4 / 4) / 2, rel=0.01)
     assert (kl_estimate(delta, "k2") >= 0).all() and (kl_estimate(delta, "k3") >= -1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_gradient_of_a_kl_estimator_is_that_of_its_formula(kind):
+    delta = np.linspace(-1.5, 1.5, 31)
+    x = torch.tensor(delta, requires_grad=True)
+    formula = {"k1": x, "k2": x**2 / 2, "k3": torch.exp(-x) - 1 + x}[kind]
+    formula.sum().backward()
+    ours = jax.grad(lambda x: kl_estimate(x, kind).sum())(jnp.asarray(delta, jnp.float32))
+    np.testing.assert_allclose(ours, x.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_expected_gradients_of_the_kl_estimators_are_those_documented():
+    # π_θ = N(m, 1), π_ref = N(0, s²), samples of π_θ; the gradients with respect to m.
+    m, s, n = 0.4, 1.3, 1_000_000
+    x = np.random.default_rng(1).normal(m, 1.0, n)
+    delta = norm.logpdf(x, m, 1) - norm.logpdf(x, 0, s)
+    score = x - m
+    mean = {}
+    for kind in ("k1", "k2", "k3"):
+        slope = jax.grad(lambda d, kind=kind: kl_estimate(d, kind).sum())(
+            jnp.asarray(delta, jnp.float32)
+        )
+        mean[kind] = (np.asarray(slope) * score).mean()
+    tolerance = 5 / np.sqrt(n) * 2
+    assert abs(mean["k1"]) < tolerance
+    assert abs(mean["k2"] - m / s**2) < tolerance  # ∂/∂m of KL(π_θ ‖ π_ref) = m²/(2s²) + …
+    assert abs(mean["k3"] - m) < tolerance  # ∂/∂m of KL(π_ref ‖ π_θ) = (s² + m²)/2 + …
+
+
+def test_dual_clip_bounds_the_loss_of_bad_samples_and_agrees_with_torch():
+    log_ratio = np.linspace(-1.5, 1.5, 61).astype(np.float32)
+    for sign in (1.0, -1.0):
+        a = np.full_like(log_ratio, sign * 0.7)
+        x = torch.tensor(log_ratio, requires_grad=True)
+        ratio, at = x.exp(), torch.tensor(a)
+        objective = torch.minimum(at * ratio, at * torch.clamp(ratio, 0.8, 1.2))
+        if sign < 0:
+            objective = torch.maximum(objective, 2.5 * at)
+        (-objective).sum().backward()
+
+        def loss(x, a=a):
+            return clipped_surrogate(x, jnp.asarray(a), clip_low=0.2, clip_high=0.2, dual_clip=2.5)
+
+        ours, clipped = loss(jnp.asarray(log_ratio))
+        np.testing.assert_allclose(ours, -objective.detach().numpy(), rtol=1e-6)
+        gradient = jax.grad(lambda x: loss(x)[0].sum())(jnp.asarray(log_ratio))
+        np.testing.assert_allclose(gradient, x.grad.numpy(), rtol=1e-5, atol=1e-7)
+        assert (np.asarray(clipped) == (x.grad.numpy() == 0)).all()
+
+
+def test_dppo_drops_what_is_far_and_moves_outward():
+    log_ratio = jnp.asarray([0.3, 0.3, -0.3, -0.3, 0.3, -0.3])
+    advantages = jnp.asarray([2.0, -2.0, 2.0, -2.0, 2.0, -2.0])
+    divergence = jnp.asarray([0.2, 0.2, 0.2, 0.2, 0.05, 0.05])
+
+    def loss(x):
+        return masked_surrogate(x, advantages, divergence, limit=0.1)
+
+    assert loss(log_ratio)[1].tolist() == [True, False, False, True, False, False]
+    gradient = jax.grad(lambda x: loss(x)[0].sum())(log_ratio)
+    want = -np.asarray(advantages) * np.exp(np.asarray(log_ratio)) * [0, 1, 1, 0, 1, 1]
+    np.testing.assert_allclose(gradient, want, rtol=1e-6)
+
+
+def test_guarded_ratio_is_centered_and_spreads_alike_at_every_noise():
+    # log ρ of draws of the old policy: mean −Δμ²/(2σ²), spread Δμ/σ; guarded: mean 0, spread Δμ.
+    rng, change, n = np.random.default_rng(0), 0.02, 200_000
+    for std in (0.05, 0.3, 1.0):
+        x = rng.normal(0.0, std, n)
+        plain = norm.logpdf(x, change, std) - norm.logpdf(x, 0.0, std)
+        divergence = change**2 / (2 * std**2)
+        assert abs(plain.mean() + divergence) < 5 * change / std / np.sqrt(n)
+        guarded = np.asarray(
+            guarded_log_ratio(
+                jnp.asarray(plain, jnp.float32), jnp.full(n, divergence), jnp.asarray(std)
+            )
+        )
+        assert abs(guarded.mean()) < 5 * change / np.sqrt(n)
+        np.testing.assert_allclose(guarded.std(), change, rtol=0.02)
+
+
+def test_a_clip_range_is_scaled_in_the_log_ratio():
+    low, high = scaled_clip(1e-4, 2e-4, 16384.0)
+    assert 1 - low == pytest.approx(0.9999**16384, rel=1e-9)
+    assert 1 + high == pytest.approx(1.0002**16384, rel=1e-9)
+    low, high = scaled_clip(1e-4, 1e-4, 8.0)
+    assert (low, high) == (pytest.approx(8e-4, rel=1e-3), pytest.approx(8e-4, rel=1e-3))
+    assert scaled_clip(0.2, 0.3, 1.0) == (pytest.approx(0.2), pytest.approx(0.3))
+    low, high = scaled_clip(0.1, 0.1, 1e6)
+    assert 0.0 < low <= 1.0 and np.isfinite(np.float32(high))
+
+
+def test_adaptive_beta_moves_towards_the_target_and_no_faster_than_two_percent():
+    assert adapted_beta(0.5, 0.02, 0.02) == 0.5
+    assert adapted_beta(0.5, 0.022, 0.02) == pytest.approx(0.5 * 1.01)
+    assert adapted_beta(0.5, 9.0, 0.02) == pytest.approx(0.5 * 1.02)
+    assert adapted_beta(0.5, 0.0, 0.02) == pytest.approx(0.5 * 0.98)
+    # a policy whose KL is 1/β ends where the KL is the target, from either side
+    for beta in (1e-3, 1e5):
+        for _ in range(1500):
+            beta = adapted_beta(beta, 1 / beta, 0.02)
+        assert 1 / beta == pytest.approx(0.02, rel=1e-3)
