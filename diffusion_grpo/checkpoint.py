@@ -5,8 +5,12 @@ Atomic, the last few kept, restored onto a template's types.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from diffusion_grpo.errors import RewardError
 
 
 class Checkpoints:
@@ -33,8 +37,30 @@ class Checkpoints:
         return None if metadata is None else metadata.step
 
     def save(self, step: int, tree: Any) -> None:
-        """Write `tree` as checkpoint `step`, and wait until it is on disk."""
-        self._checkpointer.save(step, tree)
+        """Write `tree` as checkpoint `step`, unless it is there; wait until it is on disk."""
+        if self.latest != step:
+            self._checkpointer.save(step, tree)
+
+    @contextlib.contextmanager
+    def kept(self, step: int, tree: Any, *, resume: str) -> Iterator[None]:
+        """Save `tree` as checkpoint `step` if a reward fails within.
+
+        Args:
+            step: the iterations that made it; at 0 there is nothing to keep.
+            tree: what is whole at this point.
+            resume: the command that goes on with the run.
+
+        Raises:
+            RewardError: what was raised within, and what to do next.
+        """
+        try:
+            yield
+        except RewardError as error:
+            if step:
+                self.save(step, tree)
+            raise RewardError(
+                f"{error}\niterations kept: {step}; mend the reward, then go on with: {resume}"
+            ) from error
 
     def restore(self, template: Any, step: int | None = None) -> Any:
         """Read checkpoint `step` (default: the latest) with `template`'s structure and types."""

@@ -1,4 +1,7 @@
-"""The command line: `diffusion-grpo train | sample | list`; what a user can mend exits with 2."""
+"""The command line: `diffusion-grpo train | sample | list`.
+
+What a user can mend before work starts exits with 2; a reward that fails later exits with 1.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from diffusion_grpo import __version__
-from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.errors import RewardError, UsageError, suggest
 
 USAGE = """usage: diffusion-grpo COMMAND [options]
 
@@ -80,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"diffusion-grpo: {error}", file=sys.stderr)
         return 2
+    except RewardError as error:
+        print(f"diffusion-grpo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

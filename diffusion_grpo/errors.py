@@ -1,4 +1,4 @@
-"""The one error a user can mend, and the hint that helps to."""
+"""The errors that a user can mend, and the hint that helps to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ class UsageError(ValueError):
 
     The message names the thing, the value given, what was expected and the likely mend. The
     command line prints it and exits with code 2.
+    """
+
+
+class RewardError(RuntimeError):
+    """A reward failed, or returned something that is not one finite number an image.
+
+    The command line prints it and exits with code 1.
     """
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_grpo.config import Config
+from diffusion_grpo.config import Config, PromptsConfig
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
     encode_prompts,
@@ -35,20 +35,28 @@ class Evaluation:
     Attributes:
         images: uint8 `[N, H, W, 3]`, prompt by prompt.
         prompts: N texts.
-        scores: reward name → float32 `[N]`; `total` is the weighted sum that training maximizes.
+        scores: reward name → float32 `[N]`: those trained on, then the gold ones.
+        total: float32 `[N]`, the weighted sum that training maximizes.
+        trained_on: how many of the scores, from the first, are summed in the total.
     """
 
     images: np.ndarray
     prompts: list[str]
     scores: dict[str, np.ndarray]
+    total: np.ndarray
+    trained_on: int = 1
+
+    @property
+    def reported(self) -> dict[str, np.ndarray]:
+        """What is told to people: the scores, led by `total` where it sums several of them."""
+        return ({"total": self.total} if self.trained_on > 1 else {}) | self.scores
 
     def metrics(self) -> dict[str, float]:
         """Return `reward/mean`, `reward/standard_error` and each reward's `reward/<name>/mean`."""
-        total = self.scores["total"]
         return {
-            "reward/mean": float(total.mean()),
-            "reward/standard_error": standard_error(total),
-        } | {f"reward/{k}/mean": float(v.mean()) for k, v in self.scores.items() if k != "total"}
+            "reward/mean": float(self.total.mean()),
+            "reward/standard_error": standard_error(self.total),
+        } | {f"reward/{name}/mean": float(values.mean()) for name, values in self.scores.items()}
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -56,6 +64,13 @@ def standard_error(values: np.ndarray) -> float:
     if len(values) < 2:
         return math.nan
     return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def describe_list(prompts: PromptsConfig, count: int) -> str:
+    """Return what an evaluation draws: how many images, and of which prompts."""
+    if prompts.heldout is None:
+        return f"{count} images of the training prompts {prompts.train!r}"
+    return f"{count} images of the held-out prompts {prompts.heldout!r}"
 
 
 class Evaluator:
@@ -85,6 +100,7 @@ class Evaluator:
         repeated = [(i, p, g) for i, p in chosen for g in range(options.images_per_prompt)]
         self.texts = [p.text for _, p, _ in repeated]
         self.metadata = [p.metadata for _, p, _ in repeated]
+        self.description = describe_list(config.prompts, len(self.texts))
         self._rewards, self._gold = rewards, gold
         self._policy = policy
         self._schedule = make_schedule(model.scheduler_config, options.num_steps, eta=options.eta)
@@ -116,7 +132,6 @@ class Evaluator:
             images.append(np.asarray(self._decode(final)))
         drawn = np.concatenate(images)[:count]
         result = self._rewards(drawn, self.texts, self.metadata)
-        scores = {"total": result.total} | result.scores
-        if self._gold is not None:
-            scores |= self._gold(drawn, self.texts, self.metadata).scores
-        return Evaluation(drawn, self.texts, scores)
+        gold = self._gold(drawn, self.texts, self.metadata).scores if self._gold else {}
+        scores = result.scores | gold
+        return Evaluation(drawn, self.texts, scores, result.total, len(result.scores))

@@ -110,7 +110,7 @@ def before_after_grid(
         before: uint8 [P * G, H, W, 3], prompt by prompt.
         after: the same shape, the same order.
         captions: P prompts; P divides the number of images.
-        scores_before: float [P * G], written under the images, their mean in the heading.
+        scores_before: float [P * G], written under the images.
         scores_after: the same for `after`.
         title: a heading, or `""`.
         min_size: as in `image_grid`.
@@ -147,11 +147,8 @@ def before_after_grid(
     panel_width = panels[0].width + 2 * _PADDING
     across = min(len(panels), max(1, (_MAX_WIDTH - 2 * _MARGIN) // panel_width))
     across = -(-len(panels) // -(-len(panels) // across))  # as even as the number of rows allows
-    named = (("before", scores_before), ("after", scores_after))
-    means = ", ".join(f"{name} {np.mean(s):.3f}" for name, s in named if s is not None)
-    heading = " · ".join(part for part in (title, f"mean score {means}" if means else "") if part)
     rows = [panels[start : start + across] for start in range(0, len(panels), across)]
-    return _page(rows, title=heading)
+    return _page(rows, title=title)
 
 
 def check_image_path(path: str | Path) -> Path:

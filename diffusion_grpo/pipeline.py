@@ -38,7 +38,7 @@ def encode_prompts(model: StableDiffusion, texts: Sequence[str]) -> Float[Array,
     """
     length = model.tokenizer.model_max_length
     distinct = list(dict.fromkeys(texts))
-    ids, longest = [], ("", 0)
+    longest = ("", 0)
     for text in distinct:
         size = len(model.tokenizer(text, verbose=False)["input_ids"])
         longest = max(longest, (text, size), key=lambda pair: pair[1])

@@ -37,10 +37,9 @@ def describe(evaluation: Evaluation, when: str) -> str:
     """Return one line: each reward's mean with its standard error."""
     parts = [
         f"{name} {values.mean():.4f} ± {standard_error(values):.4f}"
-        for name, values in evaluation.scores.items()
-        if not (name == "total" and len(evaluation.scores) == 2)
+        for name, values in evaluation.reported.items()
     ]
-    return f"held-out, {when}: " + ", ".join(parts)
+    return f"evaluation, {when}: " + ", ".join(parts)
 
 
 def save_evaluation_grid(evaluation: Evaluation, path: Path, title: str, limit: int = 32) -> None:
@@ -51,6 +50,14 @@ def save_evaluation_grid(evaluation: Evaluation, path: Path, title: str, limit: 
     save_image(path, grid)
 
 
+def means_title(before: Evaluation, after: Evaluation, shown: int) -> str:
+    """Return the heading of the grid of pairs: the means of the whole evaluation, not of a part."""
+    count = len(before.images)
+    part = f", {shown} of them shown" if shown < count else ""
+    means = f"before {before.total.mean():.3f}, after {after.total.mean():.3f}"
+    return f"mean score of {count} images{part}: {means}"
+
+
 def save_results(config: Config, directory: Path, before: Evaluation, after: Evaluation) -> None:
     """Write the grids after training, and `evaluation.json`.
 
@@ -58,25 +65,27 @@ def save_results(config: Config, directory: Path, before: Evaluation, after: Eva
     """
     save_evaluation_grid(after, directory / "samples" / "after.png", "after training")
     each = config.eval.images_per_prompt
-    rows = min(len(before.images), 12 * each) // each * each
+    rows = min(len(before.images), 12 * each)
     grid = before_after_grid(
         before.images[:rows],
         after.images[:rows],
         before.prompts[:rows:each],
-        scores_before=before.scores["total"][:rows],
-        scores_after=after.scores["total"][:rows],
+        scores_before=before.total[:rows],
+        scores_after=after.total[:rows],
+        title=means_title(before, after, rows),
     )
     save_image(directory / "samples" / "before_after.png", grid)
+    ends = after.reported
     summary = {
         name: {
             "before": float(first.mean()),
             "before_standard_error": standard_error(first),
-            "after": float(after.scores[name].mean()),
-            "after_standard_error": standard_error(after.scores[name]),
-            "difference": float((after.scores[name] - first).mean()),
-            "difference_standard_error": standard_error(after.scores[name] - first),
+            "after": float(ends[name].mean()),
+            "after_standard_error": standard_error(ends[name]),
+            "difference": float((ends[name] - first).mean()),
+            "difference_standard_error": standard_error(ends[name] - first),
         }
-        for name, first in before.scores.items()
+        for name, first in before.reported.items()
     }
     text = json.dumps({"images": len(before.images), "rewards": summary}, indent=2)
     (directory / "evaluation.json").write_text(text + "\n")

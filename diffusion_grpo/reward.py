@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from diffusion_grpo.errors import UsageError
+from diffusion_grpo.errors import RewardError, UsageError
 from diffusion_grpo.images import to_uint8
 from diffusion_grpo.reward_loading import (
     ENTRY_POINT_GROUP,
@@ -74,10 +74,6 @@ class Reward(Protocol):
         Returns:
             float32 [B], finite, higher is better.
         """
-
-
-class RewardError(RuntimeError):
-    """A reward failed, or returned something that is not one finite number an image."""
 
 
 def reward_factory(factory: _F) -> _F:

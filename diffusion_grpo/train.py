@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
 
     Raises:
         UsageError: something asked for cannot be done; found before any work where it can be.
+        RewardError: a reward failed. The finished iterations are saved as a checkpoint; if it was
+            in an evaluation between iterations, the resumed run goes on without that evaluation.
     """
     # What can be wrong is found first, cheapest first.
     config.validate()
@@ -124,8 +127,9 @@ def train(config: Config, *, resume: bool = False) -> Result:
     start = 0
     if resume and checkpoints.latest is not None:
         start = checkpoints.latest
-        leaves = checkpoints.restore({"leaves": jax.tree.leaves(state)})["leaves"]
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        restored = checkpoints.restore(leaves(state))["leaves"]
+        state = jax.tree.unflatten(jax.tree.structure(state), restored)
+    again = f"diffusion-grpo train --resume {shlex.quote(str(directory))}"
     log = MetricsLog(directory)
     log.truncate_after(start - 1)
 
@@ -135,8 +139,9 @@ def train(config: Config, *, resume: bool = False) -> Result:
         Progress(config.run.iterations, start=start) as progress,
         StopRequest() as stop,
     ):
-        progress.message(f"evaluating {len(evaluator.texts)} held-out images before training")
-        before = evaluator(reference)
+        progress.message(f"evaluating before training on {evaluator.description}")
+        with checkpoints.kept(start, leaves(state), resume=again):
+            before = evaluator(reference)
         progress.message(describe(before, "before"))
         save_evaluation_grid(before, directory / "samples" / "before.png", "before training")
 
@@ -167,7 +172,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
             sampled = time.perf_counter()
 
             # reward and advantages
-            result = rewards(images, texts, metadata)
+            with checkpoints.kept(iteration, leaves(state), resume=again):
+                result = rewards(images, texts, metadata)
             scores = jnp.asarray(result.total)
             advantages = group_advantages(
                 scores,
@@ -219,12 +225,15 @@ def train(config: Config, *, resume: bool = False) -> Result:
                 "images_per_second": rollout.num_images / (updated - began),
             }
             done = iteration + 1
-            if config.eval.every and done % config.eval.every == 0 and done < config.run.iterations:
-                evaluation = evaluator(state.params)
-                metrics |= {f"eval/{k}": v for k, v in evaluation.metrics().items()}
-                progress.message(describe(evaluation, f"iteration {done}"))
-            if done % config.run.log_every == 0:
-                log.write(iteration, metrics)
+            try:
+                if evaluation_due(config, done):
+                    with checkpoints.kept(done, leaves(state), resume=again):
+                        evaluation = evaluator(state.params)
+                    metrics |= {f"eval/{k}": v for k, v in evaluation.metrics().items()}
+                    progress.message(describe(evaluation, f"iteration {done}"))
+            finally:  # the iteration is done, whatever comes of its evaluation
+                if done % config.run.log_every == 0:
+                    log.write(iteration, metrics)
             if config.run.sample_every and done % config.run.sample_every == 0:
                 grid = image_grid(
                     np.asarray(images),
@@ -234,21 +243,31 @@ def train(config: Config, *, resume: bool = False) -> Result:
                 )
                 save_image(directory / "samples" / f"iteration_{done:05d}.png", grid)
             if config.run.save_every and done % config.run.save_every == 0:
-                checkpoints.save(done, {"leaves": jax.tree.leaves(state)})
+                checkpoints.save(done, leaves(state))
             progress.update(done, metrics)
             if stop.requested and done < config.run.iterations:
-                if checkpoints.latest != done:
-                    checkpoints.save(done, {"leaves": jax.tree.leaves(state)})
-                progress.message(f"stopped; go on with: diffusion-grpo train --resume {directory}")
+                checkpoints.save(done, leaves(state))
+                progress.message(f"stopped; go on with: {again}")
                 raise KeyboardInterrupt
 
-        if checkpoints.latest != config.run.iterations:
-            checkpoints.save(config.run.iterations, {"leaves": jax.tree.leaves(state)})
-        after = evaluator(state.params)
+        checkpoints.save(config.run.iterations, leaves(state))
+        with checkpoints.kept(config.run.iterations, leaves(state), resume=again):
+            after = evaluator(state.params)
         progress.message(describe(after, "after"))
         save_results(config, directory, before, after)
         export(model, policy, state.params, directory / "final")
     return Result(before, after, directory)
+
+
+def leaves(state: TrainState) -> dict[str, list[jax.Array]]:
+    """Return the training state as a checkpoint holds it."""
+    return {"leaves": jax.tree.leaves(state)}
+
+
+def evaluation_due(config: Config, done: int) -> bool:
+    """Whether to evaluate after `done` iterations; after the last one the run does anyway."""
+    every = config.eval.every
+    return every > 0 and done % every == 0 and done < config.run.iterations
 
 
 def lay_out(

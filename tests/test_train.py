@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,8 @@ def checkpoint(tmp_path_factory):
     return write_pipeline(tmp_path_factory.mktemp("train") / "pipeline")
 
 
-@pytest.fixture
-def flags(checkpoint, tmp_path):
-    prompts = tmp_path / "prompts.txt"
+def _flags(checkpoint, folder):
+    prompts = folder / "prompts.txt"
     prompts.write_text("a red circle\na blue square\ntwo green stars\n")
     return {
         "--model": str(checkpoint),
@@ -57,13 +57,17 @@ def flags(checkpoint, tmp_path):
         "--eval.num-steps": "2",
         "--run.iterations": "2",
         "--run.sample-every": "2",
-        "--run.output": str(tmp_path / "run"),
+        "--run.output": str(folder / "run"),
     }
 
 
+@pytest.fixture
+def flags(checkpoint, tmp_path):
+    return _flags(checkpoint, tmp_path)
+
+
 def _words(flags):
-    words = [word for pair in flags.items() for word in pair]
-    return words
+    return [word for pair in flags.items() for word in pair]
 
 
 def _config(flags, **changed):
@@ -73,12 +77,26 @@ def _config(flags, **changed):
     return load_config(None, _words(flags))
 
 
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """Train undisturbed; returns the directory of the run."""
+    runs = {}
+
+    def run(trainable):
+        if trainable not in runs:
+            flags = _flags(checkpoint, tmp_path_factory.mktemp("finished"))
+            assert main(["train", *_words(flags | {"--model.trainable": trainable})]) == 0
+            runs[trainable] = Path(flags["--run.output"])
+        return runs[trainable]
+
+    return run
+
+
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
-    flags, checkpoint, trainable, tmp_path
+    finished, checkpoint, trainable
 ):
-    directory = tmp_path / "run"
-    assert main(["train", *_words(flags | {"--model.trainable": trainable})]) == 0
+    directory = finished(trainable)
     rows = read_metrics(directory)
     assert [row["iteration"] for row in rows] == [0, 1]
     for name in (
@@ -98,6 +116,7 @@ def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
         Image.open(directory / "samples" / f"{name}.png").verify()
     evaluation = json.loads((directory / "evaluation.json").read_text())
     assert evaluation["images"] == 2 and "difference" in evaluation["rewards"]["jpeg_size"]
+    assert list(evaluation["rewards"]) == ["jpeg_size"]  # a lone reward is its own total
 
     # the exported pipeline: Diffusers loads it, and it is the same network but for what was trained
     StableDiffusionPipeline.from_pretrained(directory / "final")
@@ -146,35 +165,71 @@ def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(checkpoint):
     assert np.abs(together[0].astype(int) - together[1].astype(int)).max() > 10
 
 
-def test_resumed_run_ends_as_the_undisturbed_one(flags, tmp_path, monkeypatch):
-    whole = train(_config(flags, run__iterations=3, run__output=tmp_path / "whole"))
-
-    # Ctrl-C within the second of three iterations: it is finished, saved, and not done again
+def test_resumed_run_ends_as_the_undisturbed_one(flags, finished, monkeypatch):
+    # Ctrl-C within the first of two iterations: it is finished, saved, and not done again. The
+    # second depends on the optimizer's moments, since an iteration has two updates.
     import diffusion_grpo.train as module
 
-    calls = []
-
     def interrupted(*args, **kw):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         return original(*args, **kw)
 
     original = module.group_advantages
     monkeypatch.setattr(module, "group_advantages", interrupted)
-    config = _config(flags, run__iterations=3, run__output=tmp_path / "broken")
+    directories = finished("lora"), Path(flags["--run.output"])
     with pytest.raises(KeyboardInterrupt):
-        train(config)
+        train(_config(flags))
     monkeypatch.undo()
-    assert main(["train", "--resume", str(tmp_path / "broken")]) == 0
-    first, second = (load_file(tmp_path / run / "final" / UNET) for run in ("whole", "broken"))
+    assert [row["iteration"] for row in read_metrics(directories[1])] == [0]
+    assert main(["train", "--resume", str(directories[1])]) == 0
+    first, second = (load_file(directory / "final" / UNET) for directory in directories)
     assert all((first[name] == second[name]).all() for name in first)
-    rows = [read_metrics(tmp_path / run) for run in ("whole", "broken")]
-    for a, b in zip(*rows, strict=True):
+    for a, b in zip(*map(read_metrics, directories), strict=True):
         assert {k: v for k, v in a.items() if "time/" not in k and k != "images_per_second"} == {
             k: v for k, v in b.items() if "time/" not in k and k != "images_per_second"
         }
-    assert whole.after.scores["total"].shape == (2,)
+
+
+FAILING = """
+calls = 0
+
+def brightness(images, prompts, metadata):
+    global calls
+    calls += 1
+    if calls == {fails_at}:
+        raise ValueError("the lamp is broken")
+    return images.mean(axis=(1, 2, 3))
+"""
+
+
+def test_iterations_outlive_a_reward_that_fails(flags, tmp_path, capsys):
+    reward, directory = tmp_path / "brightness.py", tmp_path / "run"
+    flags |= {"--reward.rewards": str(reward), "--eval.every": "1", "--run.iterations": "3"}
+    flags |= {"--grpo.beta": "0", "--grpo.updates-per-rollout": "1"}
+
+    # Calls 1 to 3: the first evaluation, the first iteration, the evaluation after it.
+    reward.write_text(FAILING.format(fails_at=3))
+    assert main(["train", *_words(flags)]) == 1
+    shown = capsys.readouterr()
+    assert "evaluating before training on 2 images of the held-out prompts" in "".join(shown)
+    message = shown.err
+    assert "brightness" in message and "the lamp is broken" in message
+    assert f"diffusion-grpo train --resume {directory}" in message
+    assert "Traceback" not in message
+    assert [row["iteration"] for row in read_metrics(directory)] == [0]
+
+    # Resumed after the first iteration; call 4 is the third iteration's.
+    reward.write_text(FAILING.format(fails_at=4))
+    assert main(["train", "--resume", str(directory)]) == 1
+    assert "iterations kept: 2" in capsys.readouterr().err
+    assert [row["iteration"] for row in read_metrics(directory)] == [0, 1]
+
+    reward.write_text(FAILING.format(fails_at=None))
+    assert main(["train", "--resume", str(directory)]) == 0
+    rows = read_metrics(directory)
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert ["eval/reward/mean" in row for row in rows] == [False, True, False]
+    assert (directory / "final" / UNET).is_file()
 
 
 def test_log_probs_are_recomputed_exactly_by_the_real_unet(checkpoint):
