@@ -14,14 +14,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
   if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
     echo $$python; break; fi; done)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint clean
 
 help:
 	@echo "make setup      create $(VENV) and install diffusion-grpo into it"
 	@echo "make demo       fine-tune the embedded model; pictures before and after"
 	@echo "make test       run the tests"
 	@echo "make lint       check style and types"
-	@echo "make bench      measure speed; ARGS are handed to diffusion-grpo bench"
 	@echo "make clean      remove $(VENV) and caches; runs/ stays"
 
 $(VENV)/.created:
@@ -65,9 +64,6 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-
-bench: $(VENV)/.run
-	$(BIN)/diffusion-grpo bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
