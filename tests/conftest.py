@@ -6,8 +6,16 @@ import tempfile
 # Before anything imports JAX or the hub client; the environment reaches subprocesses too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-_compilation_cache = tempfile.TemporaryDirectory(prefix="diffusion-grpo-tests-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compilation_cache.name)
+# One cache of compiled programs for all tests, their subprocesses and the workers of pytest-xdist:
+# the controller loads this file before it starts workers, and they inherit its environment.
+_compilation_cache = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compilation_cache = tempfile.TemporaryDirectory(prefix="diffusion-grpo-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# A limit, far away, makes JAX lock the cache, so that no worker reads what another is writing.
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(8 * 2**30))
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -20,4 +28,5 @@ install_import_hook("diffusion_grpo", "typechecking.typechecker")
 
 
 def pytest_unconfigure() -> None:
-    _compilation_cache.cleanup()
+    if _compilation_cache is not None:
+        _compilation_cache.cleanup()
