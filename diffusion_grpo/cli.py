@@ -45,10 +45,10 @@ class SampleOptions:
     """Images of each prompt."""
     seed: int = 0
     """Seed of the noise; image n of a prompt is the same whatever else is drawn."""
-    num_steps: int = 50
-    """T, denoising steps."""
+    num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """T, denoising steps; the default is what the checkpoint says, or 50 if it says nothing."""
     guidance_scale: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """s, classifier-free guidance; the default is that of training."""
+    """s, classifier-free guidance; the default is what the checkpoint says, or 5."""
     eta: float = 0.0
     """η of DDIM; 0 is deterministic."""
     negative_prompt: str = ""
@@ -115,9 +115,9 @@ def _train(words: list[str]) -> int:
 
 def _sample(words: list[str]) -> int:
     options = _parse(SampleOptions, words, "diffusion-grpo sample")
-    from diffusion_grpo.config import RolloutConfig
     from diffusion_grpo.images import check_image_path, image_grid, save_image
     from diffusion_grpo.prompts import load_prompts
+    from diffusion_grpo.sampling import SamplingDefaults
 
     if options.num_images < 1 or options.batch_size < 1:
         raise UsageError("num_images and batch_size must be 1 or more")
@@ -131,21 +131,26 @@ def _sample(words: list[str]) -> int:
     if options.dtype not in ("float32", "bfloat16"):
         raise UsageError(f"dtype is {options.dtype!r}; expected float32 or bfloat16")
     path = check_image_path(options.output)
-    guidance = options.guidance_scale
-    guidance = RolloutConfig().guidance_scale if guidance is None else guidance
+    settings = {"guidance_scale": options.guidance_scale, "num_steps": options.num_steps}
+    given = {name: value for name, value in settings.items() if value is not None}
+    SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     _prepare_jax()
     from diffusion_grpo.pipeline import generate
     from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 
     dtype = DTYPES[options.dtype]
     model = StableDiffusion.from_pretrained(options.model, dtype=dtype, param_dtype=dtype)
+    sampling = dataclasses.replace(model.sampling or SamplingDefaults(), **given)
+    print(
+        f"guidance scale {sampling.guidance_scale:g}, {sampling.num_steps} steps", file=sys.stderr
+    )
     n = options.num_images
     total = n * len(prompts)
     images = generate(
         model,
         [text for text in prompts for _ in range(n)],
-        num_steps=options.num_steps,
-        guidance_scale=guidance,
+        num_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
         eta=options.eta,
         negative_prompt=options.negative_prompt,
         seed=options.seed,
@@ -164,8 +169,8 @@ def _sample(words: list[str]) -> int:
             "prompt": "\n".join(prompts),
             "model": options.model,
             "seed": options.seed,
-            "num_steps": options.num_steps,
-            "guidance_scale": guidance,
+            "num_steps": sampling.num_steps,
+            "guidance_scale": sampling.guidance_scale,
             "eta": options.eta,
         },
     )
@@ -205,7 +210,7 @@ def _parse(kind: type, words: list[str], prog: str) -> SampleOptions:
     import contextlib
     import io
 
-    from diffusion_grpo.config import _plain_text
+    from diffusion_grpo.config import plain_text
 
     complaint = io.StringIO()
     try:
@@ -214,11 +219,16 @@ def _parse(kind: type, words: list[str], prog: str) -> SampleOptions:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(_plain_text(complaint.getvalue())) from None
+        raise UsageError(plain_text(complaint.getvalue())) from None
 
 
 def _prepare_jax() -> None:
-    """Keep compiled programs in the user's cache folder, so that a second start is quick."""
+    """Set what JAX and Transformers read from the environment as they are imported.
+
+    Compiled programs are kept in the user's cache folder, so that a second start is quick, and
+    Transformers does not tell that PyTorch is missing: nothing here wants it.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "diffusion-grpo" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

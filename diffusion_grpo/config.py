@@ -42,6 +42,7 @@ __all__ = [
     "describe_preset",
     "from_dict",
     "load_config",
+    "plain_text",
     "to_yaml",
 ]
 
@@ -170,7 +171,6 @@ def sd15() -> Config:
             prompts_per_iteration=16,
             images_per_prompt=16,
             num_steps=20,
-            guidance_scale=5.0,
             microbatch=16,
             height=512,
             width=512,
@@ -180,7 +180,7 @@ def sd15() -> Config:
         ),
         grpo=GRPOOptions(microbatch=8),
         optim=OptimConfig(learning_rate=3e-4),
-        eval=EvalConfig(every=20, num_steps=50),
+        eval=EvalConfig(every=20),
         run=RunConfig(output="runs/sd15", iterations=200, save_every=20),
     )
 
@@ -248,7 +248,8 @@ def from_dict(
         if not isinstance(fields, Mapping):
             raise UsageError(f"{source}: {name} is {fields!r}; expected a mapping of its fields")
         sections[name] = update_section(sections[name], fields, source=source)
-    return _drop_inherited_options(base, dataclasses.replace(base, **sections))
+    given = "heldout" in values.get("prompts", {})
+    return _drop_inherited(base, dataclasses.replace(base, **sections), heldout_given=given)
 
 
 def to_yaml(config: Config) -> str:
@@ -319,12 +320,17 @@ def _parse_flags(config: Config, flags: Sequence[str], prog: str) -> Config:
             if isinstance(cause, UsageError):
                 raise cause from None
             cause = cause.__context__
-        raise UsageError(_plain_text(complaint.getvalue())) from None
-    return _drop_inherited_options(config, parsed)
+        raise UsageError(plain_text(complaint.getvalue())) from None
+    given = any(f.partition("=")[0].replace("_", "-") == "--prompts.heldout" for f in flags)
+    return _drop_inherited(config, parsed, heldout_given=given)
 
 
-def _drop_inherited_options(base: Config, config: Config) -> Config:
-    """Leave out the base's options of rewards that were replaced: they went with them."""
+def _drop_inherited(base: Config, config: Config, *, heldout_given: bool) -> Config:
+    """Leave out what belongs to something of the base that was replaced.
+
+    The options of a reward go with the reward, and the held-out list with the training list: it
+    is held out from that one.
+    """
     rewards = (*config.reward.rewards, *config.eval.gold)
     in_use = _options_of(rewards, config.reward.options)
     options = tuple(
@@ -332,7 +338,11 @@ def _drop_inherited_options(base: Config, config: Config) -> Config:
         for option in config.reward.options
         if option in in_use or option not in base.reward.options
     )
-    return dataclasses.replace(config, reward=dataclasses.replace(config.reward, options=options))
+    prompts = config.prompts
+    if prompts.train != base.prompts.train and not heldout_given:
+        prompts = dataclasses.replace(prompts, heldout=None)
+    reward = dataclasses.replace(config.reward, options=options)
+    return dataclasses.replace(config, reward=reward, prompts=prompts)
 
 
 def _reject_unknown_flags(flags: Sequence[str]) -> None:
@@ -351,7 +361,7 @@ def _reject_unknown_flags(flags: Sequence[str]) -> None:
             raise UsageError(f"unknown option {flag.partition('=')[0]!r}{near}; --help lists all")
 
 
-def _plain_text(box: str) -> str:
+def plain_text(box: str) -> str:
     """Return the text of tyro's framed message as one line, without its title and footer."""
     text = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]|-{3,}", " ", box)
     text = re.sub(r"\s+", " ", text).strip()

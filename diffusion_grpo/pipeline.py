@@ -21,6 +21,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
+from diffusion_grpo.sampling import SamplingDefaults
 from diffusion_grpo.schedule import Schedule, make_schedule
 
 CHUNK = 16  # prompts encoded at a time
@@ -155,8 +156,8 @@ def generate(
     model: StableDiffusion,
     prompts: Sequence[str],
     *,
-    num_steps: int = 50,
-    guidance_scale: float = 5.0,
+    num_steps: int = SamplingDefaults.num_steps,
+    guidance_scale: float = SamplingDefaults.guidance_scale,
     eta: float = 0.0,
     negative_prompt: str = "",
     seed: int = 0,

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,8 @@ from diffusion_grpo.models.clip import CLIPModel, CLIPTextModel
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
 from diffusion_grpo.resources import resolve_checkpoint
+from diffusion_grpo.sampling import FILE as SAMPLING_FILE
+from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
 from diffusion_grpo.schedule import SchedulerConfig
 from diffusion_grpo.tensors import checkpoint_slots as checkpoint_slots
 from diffusion_grpo.tensors import load_tensors, module_tensors
@@ -82,8 +84,19 @@ def read_safetensors(directory: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def local_directory(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+def local_directory(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    layout: Literal["diffusers", "transformers"] = "diffusers",
+) -> Path:
     """Resolve a directory, the name of a shipped checkpoint, or a hub id to a local directory.
+
+    Args:
+        name_or_path: what to resolve.
+        revision: hub revision.
+        layout: what a hub repository is read as, a pipeline with a folder for each component or
+            one model; only the files that are read are downloaded.
 
     Raises:
         UsageError: there is no such directory and the hub has no such id or cannot be reached.
@@ -94,7 +107,7 @@ def local_directory(name_or_path: str | Path, *, revision: str | None = None) ->
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    patterns = hub_patterns(layout)
     try:
         return Path(snapshot_download(place, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
@@ -104,6 +117,43 @@ def local_directory(name_or_path: str | Path, *, revision: str | None = None) ->
             "network, HF_TOKEN for a private repository, or download it first and give the "
             "directory"
         ) from None
+
+
+def hub_patterns(layout: Literal["diffusers", "transformers"]) -> list[str]:
+    """Return what is downloaded of a hub repository, as `fnmatch` patterns (`*` crosses a `/`).
+
+    Weights are named in full, so that other variants (`.fp16.`, `.non_ema.`), components that are
+    not used and single-file checkpoints stay behind.
+    """
+
+    def weights(stem: str) -> list[str]:
+        return [
+            f"{stem}.safetensors",
+            f"{stem}-?????-of-?????.safetensors",
+            f"{stem}.safetensors.index.json",
+        ]
+
+    configs = ["config.json", "preprocessor_config.json"]
+    tokenizer = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+    ]
+    if layout == "transformers":
+        return [*configs, *tokenizer, *weights("model")]
+    return [
+        "model_index.json",
+        SAMPLING_FILE,
+        *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
+        "scheduler/scheduler_config.json",
+        *(f"tokenizer/{name}" for name in tokenizer),
+        *weights("unet/diffusion_pytorch_model"),
+        *weights("vae/diffusion_pytorch_model"),
+        *weights("text_encoder/model"),
+    ]
 
 
 def save_module(
@@ -162,7 +212,7 @@ def load_clip(name_or_path: str | Path, **kw: Any) -> tuple[CLIPModel, Any, dict
     Returns:
         The model, its tokenizer, and its image processor's configuration.
     """
-    directory = local_directory(name_or_path)
+    directory = local_directory(name_or_path, layout="transformers")
     config = _clip_config("CLIPConfig", directory)
     model = load_tensors(
         CLIPModel, config, read_safetensors(directory), source=str(directory), **kw
@@ -187,6 +237,7 @@ class StableDiffusion:
         scheduler_config: noise schedule and prediction type.
         configs: each component's JSON as read, written back by `save_pretrained`.
         source: the directory it was read from; files that are not touched are copied from there.
+        sampling: what it is meant to be sampled with, if it says so.
     """
 
     unet: UNet2DConditionModel
@@ -196,6 +247,7 @@ class StableDiffusion:
     scheduler_config: SchedulerConfig
     configs: dict[str, dict[str, Any]]
     source: str = ""
+    sampling: SamplingDefaults | None = None
 
     @classmethod
     def from_pretrained(
@@ -234,6 +286,7 @@ class StableDiffusion:
         unet_config = UNetConfig.from_dict(configs["unet"])
         vae_config = VAEConfig.from_dict(configs["vae"])
         scheduler_config = SchedulerConfig.from_dict(configs["scheduler"])
+        sampling = read_sampling(directory)
         unet_kw = kw | {
             "param_dtype": param_dtype if unet_param_dtype is None else unet_param_dtype
         }
@@ -257,6 +310,7 @@ class StableDiffusion:
             scheduler_config=scheduler_config,
             configs=configs,
             source=str(directory),
+            sampling=sampling,
         )
 
     @property
@@ -294,6 +348,8 @@ class StableDiffusion:
             ("model_index.json", exported_index(self.configs["model_index"])),
         ):
             (directory / name).write_text(json.dumps(config, indent=2) + "\n")
+        if self.sampling is not None:
+            write_sampling(directory, self.sampling)
 
 
 def exported_index(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from diffusion_grpo.evaluate import Evaluation, standard_error
 from diffusion_grpo.images import before_after_grid, image_grid, save_image
 from diffusion_grpo.lora import merge_lora
 from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.sampling import SamplingDefaults
 
 
 def reward_metrics(result: Any) -> dict[str, float]:
@@ -91,8 +92,14 @@ def save_results(config: Config, directory: Path, before: Evaluation, after: Eva
     (directory / "evaluation.json").write_text(text + "\n")
 
 
-def export(model: StableDiffusion, policy: Any, trained: Any, directory: Path) -> None:
-    """Write the fine-tuned pipeline, adapters merged, in the Diffusers layout."""
+def export(
+    config: Config, model: StableDiffusion, policy: Any, trained: Any, directory: Path
+) -> None:
+    """Write the fine-tuned pipeline, adapters merged, in the Diffusers layout.
+
+    It says to be sampled as it was evaluated: with the guidance it was trained with.
+    """
     unet = policy.unet(trained)
     merge_lora(unet)
-    dataclasses.replace(model, unet=unet).save_pretrained(directory)
+    sampling = SamplingDefaults(config.rollout.guidance_scale, config.eval.num_steps)
+    dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)

@@ -10,6 +10,7 @@ import tyro
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.fields import Section
+from diffusion_grpo.sampling import SamplingDefaults
 
 # Flags with a short form; each is declared again at its field.
 SHORT_FLAGS = ("--model", "--prompts", "--reward", "--output", "--iterations", "--seed")
@@ -60,7 +61,8 @@ class PromptsConfig(Section):
     train: Annotated[str, tyro.conf.arg(aliases=["--prompts"])] = "shapes"
     """Prompt list: a name under prompts/, or a .txt or .jsonl file."""
     heldout: str | None = "shapes_heldout"
-    """Prompt list for evaluation, never trained on; None evaluates on the training list."""
+    """Prompt list for evaluation, never trained on; None evaluates on the training list, and so
+    does replacing the training list of a preset or file without giving this one."""
 
     def __post_init__(self) -> None:
         """Reject empty names."""
@@ -84,7 +86,7 @@ class RolloutConfig(Section):
     """T, denoising steps an image."""
     eta: float = 1.0
     """η, the noise of a step: 0 is deterministic DDIM (no log-prob), 1 ancestral sampling."""
-    guidance_scale: float = 5.0
+    guidance_scale: float = SamplingDefaults.guidance_scale
     """s, classifier-free guidance in sampling, update and evaluation; 1 switches it off."""
     negative_prompt: str = ""
     """Text of the unconditional half of the guidance."""
@@ -240,7 +242,7 @@ class EvalConfig(Section):
     """Prompts evaluated on: the first of the held-out list, all of it if it is shorter."""
     images_per_prompt: int = 1
     """Images of each."""
-    num_steps: int = 50
+    num_steps: int = SamplingDefaults.num_steps
     """Denoising steps."""
     eta: float = 0.0
     """η of the sampler; 0 is deterministic DDIM, what a user of the model will run."""

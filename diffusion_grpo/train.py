@@ -255,7 +255,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
             after = evaluator(state.params)
         progress.message(describe(after, "after"))
         save_results(config, directory, before, after)
-        export(model, policy, state.params, directory / "final")
+        export(config, model, policy, state.params, directory / "final")
     return Result(before, after, directory)
 
 

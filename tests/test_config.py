@@ -298,6 +298,33 @@ def test_none_is_a_value_where_the_field_allows_it():
     assert config.grpo.gradient_steps is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "heldout"),
+    [
+        ([], "shapes_heldout"),
+        (["--prompts", "shapes"], "shapes_heldout"),
+        (["--prompts", "my.txt"], None),
+        (["--prompts.train=my.txt"], None),
+        (["--prompts", "my.txt", "--prompts.heldout", "shapes_heldout"], "shapes_heldout"),
+        (["--prompts", "my.txt", "--prompts.heldout=other.txt"], "other.txt"),
+        (["--prompts.heldout", "other.txt"], "other.txt"),
+    ],
+)
+def test_a_heldout_list_is_not_inherited_by_another_training_list(flags, heldout, tmp_path):
+    config = load_config("demo", flags)
+    assert config.prompts.heldout == heldout
+    path = tmp_path / "config.yaml"  # of the run: what was decided stays
+    path.write_text(to_yaml(config))
+    assert load_config(str(path), ["--run.output", "x"]).prompts == config.prompts
+
+
+def test_a_file_that_replaces_the_training_list_does_not_inherit_the_heldout_one():
+    prompts = {"train": "my.txt"}
+    assert from_dict({"prompts": prompts}, base=PRESETS["sd15"]).prompts.heldout is None
+    prompts["heldout"] = "animals_heldout"
+    assert from_dict({"prompts": prompts}, base=PRESETS["sd15"]).prompts == PromptsConfig(**prompts)
+
+
 def test_reward_options_may_name_files_and_hold_any_value():
     options = ("clip.model=owner/name", "my.reward.scale=a=b.c", "jpeg_size.quality=")
     assert RewardConfig(options=options).options == options

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import logging
 import shutil
 
 import jax
@@ -13,7 +15,16 @@ from torch_checkpoints import write_pipeline
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
-from diffusion_grpo.pretrained import StableDiffusion, load_tensors, read_safetensors
+from diffusion_grpo.pretrained import (
+    StableDiffusion,
+    load_clip,
+    load_tensors,
+    local_directory,
+    read_safetensors,
+)
+from diffusion_grpo.resources import resource_path
+from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
+from diffusion_grpo.shapes import networks
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TENSOR = "down_blocks.0.resnets.0.conv1.weight"
@@ -55,6 +66,51 @@ def test_pipeline_written_by_us_loads_in_diffusers_unchanged(directory, tmp_path
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
     assert (_outputs(pipe) == expected).all()
     assert pipe.scheduler.config.prediction_type == "epsilon"
+
+
+def test_sampling_defaults_travel_with_a_checkpoint_and_diffusers_does_not_mind(
+    directory, tmp_path, caplog
+):
+    model = StableDiffusion.from_pretrained(directory)
+    assert model.sampling is None  # Diffusers wrote none
+    own = SamplingDefaults(guidance_scale=1.5, num_steps=7)
+    dataclasses.replace(model, sampling=own).save_pretrained(tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "diffusion_grpo.json").read_text())
+    assert written == {"sampling": {"guidance_scale": 1.5, "num_steps": 7}}
+    again = StableDiffusion.from_pretrained(tmp_path / "ours")
+    assert again.sampling == own
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        # without accelerate, Diffusers warns unless it is told so
+        StableDiffusionPipeline.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_the_embedded_checkpoint_says_how_to_sample_it():
+    assert read_sampling(resource_path("assets", "shapes-diffusion")) == networks.SAMPLING
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", 'expected {"sampling"'),
+        ('{"sampling": {}, "more": 1}', 'expected {"sampling"'),
+        ('{"sampling": {"guidance": 1}}', "did you mean 'guidance_scale'"),
+        ('{"sampling": {"num_steps": 0}}', "sampling.num_steps is 0; expected 1 or more"),
+        ('{"sampling": {"guidance_scale": -1}}', "expected 0 or more"),
+    ],
+)
+def test_damaged_sampling_defaults_are_refused(tmp_path, text, message):
+    write_sampling(tmp_path, SamplingDefaults())
+    path = tmp_path / "diffusion_grpo.json"
+    path.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        read_sampling(tmp_path)
+    assert str(path) in str(refused.value) and message in str(refused.value)
 
 
 def test_every_tensor_survives_the_round_trip_bit_by_bit(directory, tmp_path):
@@ -161,6 +217,76 @@ def test_other_pipelines_are_refused_by_name(directory):
     (directory / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match="SD3Transformer2DModel, which is not supported"):
         StableDiffusion.from_pretrained(directory)
+
+
+HUB = """.gitattributes README.md model_index.json diffusion_grpo.json v1-inference.yaml
+v1-5-pruned.ckpt v1-5-pruned.safetensors v1-5-pruned-emaonly.safetensors v1-5-pruned-emaonly.ckpt
+feature_extractor/preprocessor_config.json safety_checker/config.json
+safety_checker/model.safetensors safety_checker/model.fp16.safetensors
+safety_checker/pytorch_model.bin scheduler/scheduler_config.json text_encoder/config.json
+text_encoder/model.safetensors text_encoder/model.fp16.safetensors text_encoder/pytorch_model.bin
+tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json
+tokenizer/vocab.json unet/config.json unet/diffusion_pytorch_model.bin
+unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.fp16.safetensors
+unet/diffusion_pytorch_model.non_ema.safetensors vae/config.json
+vae/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.fp16.safetensors
+vae/diffusion_pytorch_model.bin unet/diffusion_pytorch_model-00001-of-00002.safetensors
+unet/diffusion_pytorch_model.safetensors.index.json
+unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+unet/diffusion_pytorch_model.safetensors.index.fp16.json""".split()
+CLIP = """README.md config.json flax_model.msgpack merges.txt model.safetensors pytorch_model.bin
+preprocessor_config.json special_tokens_map.json tf_model.h5 tokenizer.json tokenizer_config.json
+vocab.json onnx/model.onnx model.fp16.safetensors""".split()
+
+
+@pytest.mark.parametrize(
+    ("layout", "files", "fetched"),
+    [
+        (
+            "diffusers",
+            HUB,
+            """model_index.json diffusion_grpo.json scheduler/scheduler_config.json
+            text_encoder/config.json text_encoder/model.safetensors tokenizer/merges.txt
+            tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/vocab.json
+            unet/config.json unet/diffusion_pytorch_model.safetensors
+            unet/diffusion_pytorch_model-00001-of-00002.safetensors
+            unet/diffusion_pytorch_model.safetensors.index.json vae/config.json
+            vae/diffusion_pytorch_model.safetensors""",
+        ),
+        (
+            "transformers",
+            CLIP,
+            """config.json merges.txt model.safetensors preprocessor_config.json
+            special_tokens_map.json tokenizer.json tokenizer_config.json vocab.json""",
+        ),
+    ],
+)
+def test_only_what_is_read_is_downloaded(layout, files, fetched, tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        (tmp_path / "fetched").write_text(
+            " ".join(filter_repo_objects(files, allow_patterns=allow_patterns))
+        )
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert local_directory("owner/name", revision="v2", layout=layout) == tmp_path
+    assert asked == [("owner/name", "v2")]
+    assert set((tmp_path / "fetched").read_text().split()) == set(fetched.split())
+
+
+def test_a_clip_model_is_downloaded_as_one_model(tmp_path, monkeypatch):
+    def snapshot_download(name, *, revision, allow_patterns):
+        assert "model.safetensors" in allow_patterns
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UsageError, match="owner/name.*no network"):
+        load_clip("owner/name")
 
 
 def test_unknown_hub_id_offline_says_what_to_do():

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -28,6 +30,7 @@ from diffusion_grpo.pipeline import generate
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.prompts import Prompt
 from diffusion_grpo.rollout import sample, trajectory_log_probs
+from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
 from diffusion_grpo.schedule import make_schedule
 from diffusion_grpo.train import active_steps, choose_steps, lay_out, train
 
@@ -120,6 +123,7 @@ def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
 
     # the exported pipeline: Diffusers loads it, and it is the same network but for what was trained
     StableDiffusionPipeline.from_pretrained(directory / "final")
+    assert read_sampling(directory / "final") == SamplingDefaults(guidance_scale=5.0, num_steps=2)
     before, after = load_file(checkpoint / UNET), load_file(directory / "final" / UNET)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert before.keys() == after.keys()
@@ -174,9 +178,9 @@ def test_resumed_run_ends_as_the_undisturbed_one(flags, finished, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*args, **kw)
 
+    directories = finished("lora"), Path(flags["--run.output"])
     original = module.group_advantages
     monkeypatch.setattr(module, "group_advantages", interrupted)
-    directories = finished("lora"), Path(flags["--run.output"])
     with pytest.raises(KeyboardInterrupt):
         train(_config(flags))
     monkeypatch.undo()
@@ -218,18 +222,14 @@ def test_iterations_outlive_a_reward_that_fails(flags, tmp_path, capsys):
     assert "Traceback" not in message
     assert [row["iteration"] for row in read_metrics(directory)] == [0]
 
-    # Resumed after the first iteration; call 4 is the third iteration's.
+    # Mended, it goes on with the second iteration; call 4 is the third one's.
     reward.write_text(FAILING.format(fails_at=4))
     assert main(["train", "--resume", str(directory)]) == 1
     assert "iterations kept: 2" in capsys.readouterr().err
-    assert [row["iteration"] for row in read_metrics(directory)] == [0, 1]
-
-    reward.write_text(FAILING.format(fails_at=None))
-    assert main(["train", "--resume", str(directory)]) == 0
     rows = read_metrics(directory)
-    assert [row["iteration"] for row in rows] == [0, 1, 2]
-    assert ["eval/reward/mean" in row for row in rows] == [False, True, False]
-    assert (directory / "final" / UNET).is_file()
+    assert [row["iteration"] for row in rows] == [0, 1]
+    assert ["eval/reward/mean" in row for row in rows] == [False, True]
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == {"1", "2"}
 
 
 def test_log_probs_are_recomputed_exactly_by_the_real_unet(checkpoint):
@@ -331,7 +331,53 @@ def test_sample_writes_a_grid_with_its_settings(checkpoint, tmp_path):
     assert main(["sample", *words, "--num-steps", "2", "--seed", "5", "--output", str(path)]) == 0
     image = Image.open(path)
     assert image.text["seed"] == "5" and "a star" in image.text["prompt"]
+    assert (image.text["num_steps"], image.text["guidance_scale"]) == ("2", "5.0")
     assert image.width > 3 * 128 and image.height > 2 * 128
+
+
+def test_a_checkpoint_is_sampled_as_it_says_unless_asked_otherwise(checkpoint, tmp_path, capsys):
+    assert SamplingDefaults() == SamplingDefaults(guidance_scale=5.0, num_steps=50)
+    own = shutil.copytree(checkpoint, tmp_path / "own")
+    write_sampling(own, SamplingDefaults(guidance_scale=1.5, num_steps=2))
+    path = tmp_path / "grid.png"
+    words = ["--model", str(own), "--prompt", "a star", "--num-images", "1", "--output", str(path)]
+    for extra, steps, scale in (([], "2", "1.5"), (["--guidance-scale", "3"], "2", "3.0")):
+        assert main(["sample", *words, *extra]) == 0
+        image = Image.open(path)
+        assert (image.text["num_steps"], image.text["guidance_scale"]) == (steps, scale)
+        assert f"guidance scale {float(scale):g}, 2 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--num-steps", "0", "num_steps is 0; expected 1 or more"),
+        ("--guidance-scale", "-1", "guidance_scale is -1.0; expected 0 or more"),
+    ],
+)
+def test_nonsense_to_sample_with_is_refused_before_a_model_is_read(flag, value, message, capsys):
+    assert main(["sample", "--prompt", "a", "--model", "no/model", flag, value]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_pytorch_nothing_is_said_about_it(checkpoint, tmp_path):
+    # The tokenizer is read last, after what Transformers is imported for; nothing is compiled.
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "tokenizer").mkdir()
+    code = (  # Transformers looks for PyTorch with find_spec: as if it were not installed
+        "import importlib.util as util, sys\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+        "from diffusion_grpo.cli import main\n"
+        f"sys.exit(main(['sample', '--prompt', 'a', '--model', {str(copy)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "is it a CLIP tokenizer?" in line
 
 
 def test_resuming_nothing_is_refused(tmp_path, capsys):

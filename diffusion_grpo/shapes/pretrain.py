@@ -278,6 +278,7 @@ def train_unet(build: Path, seed: int, steps: int, batch: int, scenes: int) -> N
             "text_encoder": text_config.to_dict() | {"architectures": ["CLIPTextModel"]},
             "scheduler": networks.SCHEDULER,
         },
+        sampling=networks.SAMPLING,
     ).save_pretrained(build / "shapes-diffusion", dtype=np.float16)
 
 
