@@ -1,0 +1,115 @@
+"""Every command of the README, in the folder that the README describes.
+
+`path/to/checkpoint` and `runs/demo/final` are a tiny pipeline with random weights that Diffusers
+wrote; `contrast.py` and `mine.yaml` are the README's own blocks. The lines run as they are written,
+with flags appended that make the run small (the last flag of a name counts).
+"""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import jax
+import pytest
+from PIL import Image
+from torch_checkpoints import write_pipeline
+
+from diffusion_grpo.cli import main
+from diffusion_grpo.config import load_config
+from diffusion_grpo.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMAND = r"(?:\.venv/bin/)?diffusion-grpo [^`\n]*?"
+
+TINY = """--rollout.height 32 --rollout.width 32 --rollout.prompts-per-iteration 1
+--rollout.images-per-prompt 2 --rollout.num-steps 2 --rollout.microbatch 2 --grpo.microbatch 2
+--grpo.updates-per-rollout 1 --eval.num-prompts 1 --eval.num-steps 2 --iterations 1
+--model path/to/checkpoint""".split()
+# The gold reward of the demo reads pictures of the embedded world's size only.
+DEMO = [*TINY, "--rollout.height", "64", "--rollout.width", "64", "--rollout.window-size", "2"]
+# The hub is out of reach: another reward than the preset's CLIP model.
+SD15 = [*TINY, "--reward", "jpeg_size"]
+TRAIN = {
+    "train sd15 --model path/to/checkpoint --prompts my_prompts.txt --output runs/mine": SD15,
+    "train mine.yaml --optim.learning-rate 1e-4": SD15,
+    "train demo --reward contrast.py --output runs/contrast": DEMO,
+    "train demo --reward clip=1.0 contrast.py=0.1 --output runs/both": DEMO,
+}
+SAMPLE = (
+    'sample --model runs/demo/final --prompt "a red circle" --num-images 8 --seed 0 '
+    "--output grid.png"
+)
+# Run as they are, or in parts: `make demo` by its recipe, `pip install` by the extra's name.
+OTHERS = {SAMPLE, "list rewards"}
+
+
+def commands():
+    """The words after `diffusion-grpo`, of code blocks (comments too) and of `code` in the text."""
+    found = [line for _, block in BLOCKS for line in re.findall(f"({COMMAND})$", block, re.M)]
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    found += re.findall(f"`({COMMAND})`", text)
+    return [line.partition("diffusion-grpo ")[2].strip() for line in found]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("readme") / "pipeline")
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path, monkeypatch):
+    """The folder that a reader of the README is in."""
+    for place in ("path/to/checkpoint", "runs/demo/final"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).symlink_to(pipeline)
+    (tmp_path / "my_prompts.txt").write_text("a red circle\na blue square\n")
+    for _, block in BLOCKS:
+        name = re.match(r"# (\w+\.(?:py|yaml))\b", block)
+        if name:
+            (tmp_path / name[1]).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_of_the_readme_is_run_here():
+    assert sorted(commands()) == sorted([*TRAIN, *OTHERS])
+
+
+@pytest.mark.parametrize("line", TRAIN)
+def test_training_lines_run(folder, line, capsys):
+    # JAX as a user has it: its own bfloat16 attention has no gradient under strict promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        assert main([*shlex.split(line), *TRAIN[line]]) == 0
+    (directory,) = re.findall(r"run directory: (.*)", capsys.readouterr().out)
+    assert len(read_metrics(folder / directory)) == 1
+    assert (folder / directory / "final" / "model_index.json").is_file()
+
+
+def test_sampling_line_runs(folder, capsys):
+    assert main([*shlex.split(SAMPLE), "--num-images", "2", "--num-steps", "2"]) == 0
+    assert Image.open(folder / "grid.png").text["prompt"] == "a red circle"
+
+
+def test_rewards_are_listed(capsys):
+    assert main(["list", "rewards"]) == 0
+    assert {"clip", "jpeg_size"} <= set(capsys.readouterr().out.split())
+
+
+def test_make_targets_of_the_documents_exist_and_train_the_demo(tmp_path):
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.M))
+    named = set(re.findall(r"^make (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text(), re.M))
+    assert {"demo"} <= named <= targets
+    assert set(re.findall(r'@echo "make (\w+)', makefile)) <= targets
+    (recipe,) = re.findall(r"\$\(BIN\)/diffusion-grpo (.*) \$\(ARGS\)", makefile)
+    command, preset, *flags = shlex.split(recipe.replace("$$output", str(tmp_path)))
+    assert (command, load_config(preset, flags).run.output) == ("train", str(tmp_path))
+
+
+def test_extras_of_the_readme_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(re.findall(r"'\.\[(\w+)\]'", README))
+    assert extras == {"cuda", "tpu"} and extras <= set(project["optional-dependencies"])
