@@ -10,18 +10,18 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.hub import Layout, hub_patterns
 from diffusion_grpo.models.clip import CLIPModel, CLIPTextModel
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
 from diffusion_grpo.resources import resolve_checkpoint
-from diffusion_grpo.sampling import FILE as SAMPLING_FILE
 from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
 from diffusion_grpo.schedule import SchedulerConfig
 from diffusion_grpo.tensors import checkpoint_slots as checkpoint_slots
@@ -88,7 +88,7 @@ def local_directory(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
-    layout: Literal["diffusers", "transformers"] = "diffusers",
+    layout: Layout = "diffusers",
 ) -> Path:
     """Resolve a directory, the name of a shipped checkpoint, or a hub id to a local directory.
 
@@ -117,43 +117,6 @@ def local_directory(
             "network, HF_TOKEN for a private repository, or download it first and give the "
             "directory"
         ) from None
-
-
-def hub_patterns(layout: Literal["diffusers", "transformers"]) -> list[str]:
-    """Return what is downloaded of a hub repository, as `fnmatch` patterns (`*` crosses a `/`).
-
-    Weights are named in full, so that other variants (`.fp16.`, `.non_ema.`), components that are
-    not used and single-file checkpoints stay behind.
-    """
-
-    def weights(stem: str) -> list[str]:
-        return [
-            f"{stem}.safetensors",
-            f"{stem}-?????-of-?????.safetensors",
-            f"{stem}.safetensors.index.json",
-        ]
-
-    configs = ["config.json", "preprocessor_config.json"]
-    tokenizer = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-    ]
-    if layout == "transformers":
-        return [*configs, *tokenizer, *weights("model")]
-    return [
-        "model_index.json",
-        SAMPLING_FILE,
-        *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
-        "scheduler/scheduler_config.json",
-        *(f"tokenizer/{name}" for name in tokenizer),
-        *weights("unet/diffusion_pytorch_model"),
-        *weights("vae/diffusion_pytorch_model"),
-        *weights("text_encoder/model"),
-    ]
 
 
 def save_module(

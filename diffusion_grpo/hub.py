@@ -1,0 +1,46 @@
+"""Which files of a hub repository are downloaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from diffusion_grpo.sampling import FILE as SAMPLING_FILE
+
+Layout = Literal["diffusers", "transformers"]
+
+
+def hub_patterns(layout: Layout) -> list[str]:
+    """Return what is downloaded of a hub repository, as `fnmatch` patterns (`*` crosses a `/`).
+
+    Weights are named in full, so that other variants (`.fp16.`, `.non_ema.`), components that are
+    not used and single-file checkpoints stay behind.
+    """
+
+    def weights(stem: str) -> list[str]:
+        return [
+            f"{stem}.safetensors",
+            f"{stem}-?????-of-?????.safetensors",
+            f"{stem}.safetensors.index.json",
+        ]
+
+    configs = ["config.json", "preprocessor_config.json"]
+    tokenizer = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+    ]
+    if layout == "transformers":
+        return [*configs, *tokenizer, *weights("model")]
+    return [
+        "model_index.json",
+        SAMPLING_FILE,
+        *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
+        "scheduler/scheduler_config.json",
+        *(f"tokenizer/{name}" for name in tokenizer),
+        *weights("unet/diffusion_pytorch_model"),
+        *weights("vae/diffusion_pytorch_model"),
+        *weights("text_encoder/model"),
+    ]
