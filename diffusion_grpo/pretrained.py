@@ -24,6 +24,7 @@ from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
 from diffusion_grpo.resources import resolve_checkpoint
 from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
 from diffusion_grpo.schedule import SchedulerConfig
+from diffusion_grpo.tensor_files import write_file
 from diffusion_grpo.tensors import checkpoint_slots as checkpoint_slots
 from diffusion_grpo.tensors import load_tensors, module_tensors
 
@@ -128,11 +129,9 @@ def save_module(
     dtype: Any | None = None,
 ) -> None:
     """Write a module's weights and `config.json` as Diffusers or Transformers would."""
-    from safetensors.numpy import save_file
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(module_tensors(module, dtype=dtype), directory / filename, metadata={"format": "pt"})
+    write_file(module_tensors(module, dtype=dtype).entries, directory / filename)
     (directory / "config.json").write_text(
         json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     )

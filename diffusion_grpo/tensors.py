@@ -21,6 +21,7 @@ from flax import nnx
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.clip import CLIPTextModel
 from diffusion_grpo.models.vae import AutoencoderKL
+from diffusion_grpo.tensor_files import Entry, Tensors, as_entries
 
 Axes = tuple[int, ...]
 NodePath = tuple[Any, ...]  # attribute names and list positions, as NNX gives them
@@ -65,6 +66,10 @@ class Slot:
         """Bring a checkpoint tensor to the parameter's layout."""
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the checkpoint tensor's shape, given the parameter's."""
+        return shape if self.axes is None else tuple(shape[i] for i in np.argsort(self.axes))
+
     def to_tensor(self, parameter: np.ndarray) -> np.ndarray:
         """Bring a parameter to the checkpoint tensor's layout."""
         if self.axes is None:
@@ -98,10 +103,40 @@ def checkpoint_slots(module: nnx.Module) -> dict[str, Slot]:
     return slots
 
 
+class _OneKey(nnx.Rngs):
+    """Give every initializer the same key, for modules of which only the shapes are wanted.
+
+    Counting keys while a module is traced takes time quadratic in its parameters: a minute for
+    SDXL's UNet.
+    """
+
+    def __init__(self) -> None:
+        """Make the key."""
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        """Return it."""
+        return self._key
+
+
+def abstract_module(module_class: Any, config: Any, **kw: Any) -> Any:
+    """Build a module without parameters: each is a `jax.ShapeDtypeStruct`.
+
+    Args:
+        module_class: a model class, called as `module_class(config, rngs=…, **kw)`.
+        config: its configuration.
+        **kw: `dtype`, `param_dtype`.
+    """
+    rngs = _OneKey()
+    return nnx.eval_shape(lambda: module_class(config, rngs=rngs, **kw))
+
+
 def load_tensors(
     module_class: Any, config: Any, tensors: Mapping[str, np.ndarray], *, source: str, **kw: Any
 ) -> Any:
-    """Build a module and fill it from named tensors; nothing is initialized and then thrown away.
+    """Build a module and fill it from named tensors, one at a time.
+
+    Nothing is initialized and then thrown away, and no tensor is held twice.
 
     Args:
         module_class: a model class, called as `module_class(config, rngs=…, **kw)`.
@@ -113,40 +148,37 @@ def load_tensors(
     Raises:
         UsageError: a tensor is missing, left over or misshapen; the message names it.
     """
-    module = nnx.eval_shape(lambda: module_class(config, rngs=nnx.Rngs(0), **kw))
+    module = abstract_module(module_class, config, **kw)
     slots = checkpoint_slots(module)
-    named = {
-        _current_name(module_class, name): name for name in tensors if not BUFFERS.search(name)
-    }
+    named = {current_name(module_class, name): name for name in tensors if not BUFFERS.search(name)}
     missing = sorted(slots.keys() - named.keys())
     extra = sorted(named[n] for n in named.keys() - slots.keys())
     if missing or extra:
         raise UsageError(_mismatch(module_class.__name__, source, missing, extra))
-    param_dtype = kw.get("param_dtype", jnp.float32)
     graphdef, state = nnx.split(module)
     flat = dict(nnx.to_flat_state(state))
+    entries = as_entries(tensors)
     for name, slot in slots.items():
-        value = slot.to_parameter(np.asarray(tensors[named[name]]))
-        variable = flat[slot.path]
-        if value.shape != variable.shape:
+        given, expected = entries[named[name]].shape, flat[slot.path].shape
+        if given != (shape := slot.tensor_shape(expected)):
             raise UsageError(
-                f"{source}: tensor {named[name]!r} has shape {tensors[named[name]].shape}, "
-                f"but {module_class.__name__} with this config.json expects "
-                f"{_checkpoint_shape(slot, variable.shape)}; the weights and the config do not "
-                "belong together"
+                f"{source}: tensor {named[name]!r} has shape {given}, but "
+                f"{module_class.__name__} with this config.json expects {shape}; the weights and "
+                "the config do not belong together"
             )
-        flat[slot.path] = variable.replace(jnp.asarray(value, dtype=param_dtype))
+    dtype = np.dtype(kw.get("param_dtype", jnp.float32))
+    for name, slot in slots.items():
+        # Converted on the host, one at a time: the device never holds two copies of anything.
+        value = slot.to_parameter(entries[named[name]].read()).astype(dtype, copy=False)
+        flat[slot.path] = flat[slot.path].replace(jnp.asarray(value))
     unfilled = [p for p, v in flat.items() if isinstance(v.get_value(), jax.ShapeDtypeStruct)]
     if unfilled:
         raise AssertionError(f"parameters of {module_class.__name__} without a tensor: {unfilled}")
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _checkpoint_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if slot.axes is None else tuple(shape[i] for i in np.argsort(slot.axes))
-
-
-def _current_name(module_class: Any, name: str) -> str:
+def current_name(module_class: Any, name: str) -> str:
+    """Return today's name of a checkpoint tensor, within the module."""
     for pattern, replacement in RENAMES.get(module_class, ()):
         name = re.sub(pattern, replacement, name)
     return name
@@ -169,17 +201,23 @@ def _mismatch(model: str, source: str, missing: list[str], extra: list[str]) -> 
     )
 
 
-def module_tensors(module: nnx.Module, *, dtype: Any | None = None) -> dict[str, np.ndarray]:
+def module_tensors(module: nnx.Module, *, dtype: Any | None = None) -> Tensors:
     """Name and lay out a module's parameters as its checkpoint has them.
 
     Args:
         module: one of this package's models.
         dtype: the dtype to write floating-point tensors in (default: as they are).
+
+    Returns:
+        Tensors that come from the device when they are asked for.
     """
     prefix = PREFIXES.get(type(module), "")
     flat = dict(nnx.to_flat_state(nnx.state(module)))
-    tensors = {}
-    for name, slot in checkpoint_slots(module).items():
-        value = np.asarray(flat[slot.path].get_value())
-        tensors[prefix + name] = slot.to_tensor(value if dtype is None else value.astype(dtype))
-    return tensors
+
+    def entry(slot: Slot) -> Entry:
+        value = flat[slot.path].get_value()
+        shape = slot.tensor_shape(value.shape)
+        return Entry(shape, np.dtype(value.dtype), lambda: slot.to_tensor(np.asarray(value)))
+
+    slots = checkpoint_slots(module).items()
+    return Tensors({prefix + name: entry(slot) for name, slot in slots}).cast(dtype)

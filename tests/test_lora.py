@@ -2,15 +2,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from torch_checkpoints import make_unet
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.lora import LoRALinear, LoRAParam, attach_lora, merge_lora
+from diffusion_grpo.lora import (
+    Factors,
+    LoRAParam,
+    attach_lora,
+    insert_lora,
+    lora_factors,
+    lora_names,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+    weight_lora,
+)
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.pretrained import module_tensors
 
 TARGETS = ("to_q", "to_k", "to_v", r"to_out\.0")
+CONVOLUTIONS = (r"resnets\.\d+\.conv1", r"downsamplers\.0\.conv", "proj_in")
+
+
+class Small(nnx.Module):
+    """A linear layer, and a convolution that halves."""
+
+    def __init__(self, dtype=jnp.float32):
+        rngs = nnx.Rngs(0)
+        self.linear = nnx.Linear(6, 5, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.convs = nnx.List(
+            [nnx.Conv(3, 4, (3, 3), strides=2, padding=((1, 1), (1, 1)), dtype=dtype, rngs=rngs)]
+        )
+
+
+def _random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _float64(*arrays):
+    return (np.asarray(a, np.float64) for a in arrays)
 
 
 @pytest.fixture
@@ -38,16 +70,76 @@ def _fill(unet):
 
 
 def test_adapter_equals_the_formula_in_float64():
-    linear = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
-    layer = LoRALinear(linear, rank=3, alpha=6.0, rngs=nnx.Rngs(1))
-    layer.lora_b.set_value(jax.random.normal(jax.random.key(2), (3, 5)))
-    x = np.random.default_rng(0).normal(size=(4, 6))
-    w, b, la, lb = (
-        np.asarray(p[...], np.float64)
-        for p in (layer.kernel, layer.bias, layer.lora_a, layer.lora_b)
+    module = Small()
+    factors = Factors(_random(6, 3), _random(3, 5), 6.0 / 3)
+    insert_lora(module, {"linear": factors})
+    x = _random(4, 6, seed=1)
+    w, b, la, lb = _float64(module.linear.kernel[...], module.linear.bias[...], *factors[:2])
+    expected = x @ w + b + 2.0 * (x @ la) @ lb
+    np.testing.assert_allclose(module.linear(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adapted_convolution_equals_torch_with_the_sum_of_kernels():
+    module = Small()
+    factors = Factors(_random(3, 3, 3, 2), _random(1, 1, 2, 4), 0.5)
+    insert_lora(module, {"convs.0": factors})
+    x = _random(2, 8, 6, 3, seed=1)
+    # B after A is one kernel: Σ_r A[h, w, i, r] B[r, o]
+    kernel, bias, a, b = _float64(
+        module.convs[0].kernel[...], module.convs[0].bias[...], *factors[:2]
     )
-    expected = x @ w + b + 6.0 / 3 * (x @ la) @ lb
-    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5, atol=1e-6)
+    kernel = kernel + 0.5 * np.einsum("hwir,ro->hwio", a, b[0, 0])
+    expected = torch.nn.functional.conv2d(
+        torch.tensor(x, dtype=torch.float64).permute(0, 3, 1, 2),
+        torch.tensor(kernel).permute(3, 2, 0, 1),
+        torch.tensor(bias),
+        stride=2,
+        padding=1,
+    ).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(module.convs[0](jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+    merge_lora(module)
+    np.testing.assert_allclose(module.convs[0].kernel[...], kernel, rtol=1e-5, atol=1e-6)
+
+
+def test_adapter_of_a_bfloat16_layer_is_float32_and_the_result_bfloat16():
+    module = Small(jnp.bfloat16)
+    attach_lora(module, ["linear"], rank=2, alpha=1.0, rngs=nnx.Rngs(0))
+    adapter = module.linear.adapters["default"]
+    assert adapter.lora_a[...].dtype == jnp.float32
+    assert module.linear(jnp.ones((1, 6), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_several_adapters_add_up_with_their_weights():
+    module = Small()
+    first, second = (Factors(_random(6, 2, seed=i), _random(2, 5, seed=i + 9), 1.0) for i in (1, 2))
+    insert_lora(module, {"linear": first}, name="style")
+    insert_lora(module, {"linear": second}, name="subject")
+    assert lora_names(module) == ["style", "subject"]
+    weight_lora(module, {"style": 0.25})
+    x = _random(3, 6)
+    w, b = _float64(module.linear.kernel[...], module.linear.bias[...])
+    expected = x @ w + b + 0.25 * (x @ first.a) @ first.b + (x @ second.a) @ second.b
+    np.testing.assert_allclose(module.linear(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
+    remove_lora(module, ["style"])
+    expected = x @ w + b + (x @ second.a) @ second.b
+    np.testing.assert_allclose(module.linear(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
+    assert lora_names(module) == ["subject"]
+
+
+def test_merge_and_unmerge_come_back_but_for_rounding():
+    module = Small()
+    attach_lora(module, ["linear", r"convs\.0"], rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    for adapter in (module.linear.adapters["default"], module.convs[0].adapters["default"]):
+        adapter.lora_b.set_value(jnp.asarray(_random(*adapter.lora_b.shape)))
+    kernel, factors = module.linear.kernel[...], lora_factors(module)
+    merged = merge_lora(module)
+    assert type(module.linear) is nnx.Linear and type(module.convs[0]) is nnx.Conv
+    assert float(jnp.abs(module.linear.kernel[...] - kernel).max()) > 0.1
+    unmerge_lora(module, merged)
+    np.testing.assert_allclose(module.linear.kernel[...], kernel, atol=1e-6)
+    again = lora_factors(module)
+    assert again.keys() == factors.keys() == {"linear", "convs.0"}
+    assert all((again[k].b == factors[k].b).all() and again[k].scale == 2.0 for k in factors)
 
 
 def test_new_adapter_changes_nothing_exactly(unet):
@@ -78,17 +170,44 @@ def test_checkpoint_of_an_adapted_model_holds_the_base_weights(unet):
 
 
 def test_merged_model_gives_the_same_output_without_adapters(unet):
-    attach_lora(unet, TARGETS, rank=4, alpha=8.0, rngs=nnx.Rngs(1))
+    attach_lora(unet, (*TARGETS, *CONVOLUTIONS), rank=4, alpha=8.0, rngs=nnx.Rngs(1))
     base = _out(unet)
     _fill(unet)
     adapted = _out(unet)
     assert float(jnp.abs(adapted - base).max()) > 1e-2
     merge_lora(unet)
-    assert not any(isinstance(node, LoRALinear) for _, node in nnx.iter_graph(unet))
+    assert not lora_names(unet) and not jax.tree.leaves(nnx.state(unet, LoRAParam))
     merged = _out(unet)
     np.testing.assert_allclose(merged, adapted, atol=1e-4 * float(jnp.abs(adapted).max()))
 
 
 def test_pattern_that_matches_nothing_is_an_error(unet):
-    with pytest.raises(UsageError, match="'q_proj' matches no linear layer"):
-        attach_lora(unet, ("q_proj",), rank=4, alpha=4.0, rngs=nnx.Rngs(1))
+    with pytest.raises(UsageError, match="'to_qq' matches no linear.*did you mean 'to_q'"):
+        attach_lora(unet, ("to_qq",), rank=4, alpha=4.0, rngs=nnx.Rngs(1))
+
+
+def test_norms_cannot_be_adapted(unet):
+    with pytest.raises(UsageError, match="'norm1' matches no linear layer or convolution"):
+        attach_lora(unet, ("norm1",), rank=4, alpha=4.0, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize(
+    ("path", "factors", "named"),
+    [
+        ("lineer", Factors(_random(6, 2), _random(2, 5), 1.0), "did you mean 'linear'"),
+        ("linear", Factors(_random(6, 2), _random(2, 4), 1.0), r"expects \(6, 2\) and \(2, 5\)"),
+        ("convs.0", Factors(_random(3, 2), _random(2, 4), 1.0), r"expects \(3, 3, 3, 2\)"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(path, factors, named):
+    with pytest.raises(UsageError, match=named):
+        insert_lora(Small(), {path: factors})
+
+
+def test_names_must_be_new_to_attach_and_known_to_remove():
+    module = Small()
+    attach_lora(module, ["linear"], rank=1, alpha=1.0, rngs=nnx.Rngs(0), name="style")
+    with pytest.raises(UsageError, match="an adapter named 'style' already"):
+        attach_lora(module, ["linear"], rank=1, alpha=1.0, rngs=nnx.Rngs(0), name="style")
+    with pytest.raises(UsageError, match="no adapter 'stile' .did you mean 'style'"):
+        remove_lora(module, ["stile"])

@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from families import PUBLISHED, small
+from families import TOKENS as FAMILY_TOKENS
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from diffusion_grpo.shapes.tokenizer import write_tokenizer
 
@@ -91,3 +99,48 @@ def write_pipeline(directory: Path, *, prediction_type: str = "epsilon", **unet:
         requires_safety_checker=False,
     ).save_pretrained(directory, safe_serialization=True)
     return directory
+
+
+def write_family(directory: Path, name: str, **scheduler: Any) -> Path:
+    """Write the scaled-down relative of a published family with Diffusers itself.
+
+    Args:
+        directory: where.
+        name: of the family in `families.PUBLISHED`.
+        **scheduler: override its scheduler's configuration.
+    """
+    torch.manual_seed(0)
+    tokenizer_files = directory.parent / f"{directory.name}-tokenizer"
+    vocabulary = write_tokenizer(tokenizer_files, FAMILY_TOKENS)
+    family = small(PUBLISHED[name], vocabulary)
+    kind = getattr(diffusers, family.scheduler_class)
+    # OpenCLIP's tokenizers pad with "!", CLIP-L's with the end-of-text token.
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_files)
+    other = CLIPTokenizer.from_pretrained(tokenizer_files, pad_token="!")
+    parts: dict[str, Any] = {
+        "unet": randomize(UNet2DConditionModel(**family.unet).eval()),
+        "vae": randomize(AutoencoderKL(**family.vae).eval()),
+        "text_encoder": spread(CLIPTextModel(CLIPTextConfig(**family.text_encoder))),
+        "tokenizer": other if name == "sd21" else tokenizer,
+        "scheduler": kind(**family.scheduler | scheduler),
+    }
+    if family.text_encoder_2 is None:
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    else:
+        config = CLIPTextConfig(**family.text_encoder_2)
+        parts["text_encoder_2"] = spread(CLIPTextModelWithProjection(config))
+        parts["tokenizer_2"] = other
+        pipe = diffusers.StableDiffusionXLPipeline(**parts)
+    pipe.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def spread(encoder: torch.nn.Module) -> torch.nn.Module:
+    """Randomize a text encoder so that prompts differ: its initial embeddings are close to 0."""
+    randomize(encoder)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "embedding" in name:
+                parameter.mul_(25)
+    return encoder.eval()

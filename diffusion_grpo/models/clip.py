@@ -26,7 +26,7 @@ class CLIPTextOutput(NamedTuple):
 
     Attributes:
         last_hidden_state: `[B, n, d]`, after the final layer norm.
-        pooled: `[B, d]`, its row at the end-of-text token.
+        pooled: its row at the end-of-text token, `[B, d]`, projected where the class says so.
         hidden_states: the embeddings and the output of each layer, `[B, n, d]` each, before the
             final layer norm (`hidden_states[-2]` is the penultimate layer).
     """
@@ -128,6 +128,42 @@ class CLIPTextModel(nnx.Module):
             end = jnp.argmax(input_ids == self.eos_token_id, axis=1)
         pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
         return CLIPTextOutput(last, pooled, hidden_states)
+
+
+class CLIPTextModelWithProjection(nnx.Module):
+    """The text tower, its pooled output projected: SDXL's second text encoder.
+
+    The arguments are those of `CLIPTextModel`; the config's `projection_dim` is the width.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        gradient_checkpointing: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Build the tower and its projection with random parameters."""
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.text_model = CLIPTextModel(
+            config, gradient_checkpointing=gradient_checkpointing, **kinds
+        )
+        self.text_projection = nnx.Linear(
+            config.hidden_size,
+            checked_int(config, "projection_dim"),
+            use_bias=False,
+            kernel_init=nnx.initializers.normal(
+                config.initializer_factor * config.hidden_size**-0.5
+            ),
+            **kinds,
+        )
+
+    def __call__(self, input_ids: Int[Array, "B n"]) -> CLIPTextOutput:
+        """Encode token ids; `pooled` is `[B, projection_dim]`, projected but not normalized."""
+        output = self.text_model(input_ids)
+        return output._replace(pooled=self.text_projection(output.pooled))
 
 
 class CLIPVisionEmbeddings(nnx.Module):

@@ -11,19 +11,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.models.attention import DualTransformer2DModel, Transformer2DModel
+from diffusion_grpo.models.embeddings import TimestepEmbedding, sinusoidal_embedding
 from diffusion_grpo.models.layers import (
     Downsample2D,
     DType,
+    Identity,
     ResnetBlock2D,
-    TimestepEmbedding,
-    Transformer2DModel,
     Upsample2D,
     activation,
     checkpointed,
     conv,
-    group_norm,
-    sinusoidal_embedding,
 )
+from diffusion_grpo.models.norms import group_norm
 from diffusion_grpo.models.unet_config import UNetConfig
 
 
@@ -47,12 +48,12 @@ class DownBlock2D(nnx.Module):
         self.resnets = nnx.List(
             [
                 _resnet(config, in_channels if i == 0 else out, out, temb_channels, **kw)
-                for i in range(config.layers_per_block)
+                for i in range(config.layers[index])
             ]
         )
         if cross:
             self.attentions = nnx.List(
-                [_transformer(config, index, out, **kw) for _ in range(config.layers_per_block)]
+                [_transformer(config, index, depth, **kw) for depth in config.depths(index)]
             )
         if index < len(config.block_out_channels) - 1:
             self.downsamplers = nnx.List(
@@ -86,11 +87,18 @@ class UNetMidBlock2D(nnx.Module):
         """Build it at the width of the last block."""
         width = config.block_out_channels[-1]
         cross = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+        scale = config.mid_block_scale_factor
         self.resnets = nnx.List(
-            [_resnet(config, width, width, temb_channels, **kw) for _ in range(2 if cross else 1)]
+            [
+                _resnet(config, width, width, temb_channels, output_scale=scale, **kw)
+                for _ in range(2 if cross else 1)
+            ]
         )
         if cross:
-            self.attentions = nnx.List([_transformer(config, -1, width, **kw)])
+            # Diffusers' middle block takes no only_cross_attention.
+            depth = config.depths(-1)[0]
+            transformer = _transformer(config, -1, depth, only_cross_attention=False, **kw)
+            self.attentions = nnx.List([transformer])
 
     def __call__(self, x: Array, temb: Array, context: Array, remat: bool) -> Array:
         """Map [B, h, w, c] to the same shape."""
@@ -113,7 +121,7 @@ class UpBlock2D(nnx.Module):
         out = reversed_channels[index]
         previous = reversed_channels[max(index - 1, 0)]
         skip_last = reversed_channels[min(index + 1, n - 1)]
-        layers = config.layers_per_block + 1
+        layers = config.layers[n - 1 - index] + 1
         self.resnets = nnx.List(
             [
                 _resnet(
@@ -128,7 +136,10 @@ class UpBlock2D(nnx.Module):
         )
         if config.up_block_types[index] == "CrossAttnUpBlock2D":
             self.attentions = nnx.List(
-                [_transformer(config, n - 1 - index, out, **kw) for _ in range(layers)]
+                [
+                    _transformer(config, n - 1 - index, depth, **kw)
+                    for depth in config.up_depths(index)
+                ]
             )
         if index < n - 1:
             self.upsamplers = nnx.List([Upsample2D(out, **kw)])
@@ -168,16 +179,50 @@ def _resnet(
     )
 
 
-def _transformer(config: UNetConfig, index: int, channels: int, **kw: Any) -> Transformer2DModel:
+def _transformer(
+    config: UNetConfig,
+    index: int,
+    depth: int,
+    *,
+    only_cross_attention: bool | None = None,
+    **kw: Any,
+) -> Transformer2DModel | DualTransformer2DModel:
+    """Build a spatial transformer of the block that is `index` on the way down."""
+    channels = config.block_out_channels[index]
+    kw |= {
+        "heads": config.heads[index],
+        "context_dim": config.per_block("cross_attention_dim")[index],
+        "groups": config.norm_num_groups,
+    }
+    if config.dual_cross_attention:  # of these fields, it takes no more
+        return DualTransformer2DModel(channels, **kw)
+    given = config.per_block("only_cross_attention")[index]
     return Transformer2DModel(
         channels,
-        heads=config.heads[index],
-        depth=config.depths[index],
-        context_dim=config.cross_attention_dim,
-        groups=config.norm_num_groups,
+        depth=depth,
         linear_projection=config.use_linear_projection,
+        only_cross_attention=bool(given if only_cross_attention is None else only_cross_attention),
+        upcast=bool(config.upcast_attention),  # null in some files
         **kw,
     )
+
+
+def _class_embedding(config: UNetConfig, **kw: Any) -> Any:
+    """Build what embeds class labels, or return None."""
+    width = config.time_embed_dim
+    if config.class_embed_type is None:
+        if config.num_class_embeds is None:
+            return None
+        return nnx.Embed(config.num_class_embeds, width, **kw)
+    if config.class_embed_type == "timestep":
+        return TimestepEmbedding(config.block_out_channels[0], width, config.act_fn, **kw)
+    if config.class_embed_type == "identity":
+        return Identity()
+    given = config.projection_class_embeddings_input_dim
+    assert given is not None  # UNetConfig.validate
+    if config.class_embed_type == "projection":
+        return TimestepEmbedding(given, width, **kw)
+    return nnx.Linear(given, width, **kw)
 
 
 class UNet2DConditionModel(nnx.Module):
@@ -206,12 +251,20 @@ class UNet2DConditionModel(nnx.Module):
         """
         kw: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         channels = config.block_out_channels
-        temb = 4 * channels[0]
         self.config = config
         self.dtype = dtype
         self.gradient_checkpointing = False
-        self.conv_in = conv(config.in_channels, channels[0], 3, **kw)
-        self.time_embedding = TimestepEmbedding(channels[0], temb, config.act_fn, **kw)
+        self.conv_in = conv(config.in_channels, channels[0], config.conv_in_kernel, **kw)
+        self.time_embedding = TimestepEmbedding(
+            channels[0], config.time_embed_dim, config.act_fn, config.timestep_post_act, **kw
+        )
+        if config.has_class_embedding:
+            self.class_embedding = _class_embedding(config, **kw)
+        if config.addition_embed_type == "text_time":
+            given = config.projection_class_embeddings_input_dim
+            assert given is not None  # UNetConfig.validate
+            self.add_embedding = TimestepEmbedding(given, config.time_embed_dim, **kw)
+        temb = config.time_embed_dim * (2 if config.class_embeddings_concat else 1)
         self.down_blocks = nnx.List(
             [
                 DownBlock2D(config, i, channels[max(i - 1, 0)], temb, **kw)
@@ -222,7 +275,7 @@ class UNet2DConditionModel(nnx.Module):
             self.mid_block = UNetMidBlock2D(config, temb, **kw)
         self.up_blocks = nnx.List([UpBlock2D(config, i, temb, **kw) for i in range(len(channels))])
         self.conv_norm_out = group_norm(config.norm_num_groups, channels[0], config.norm_eps, **kw)
-        self.conv_out = conv(channels[0], config.out_channels, 3, **kw)
+        self.conv_out = conv(channels[0], config.out_channels, config.conv_out_kernel, **kw)
         self.act = activation(config.act_fn, "act_fn")
 
     def __call__(
@@ -230,6 +283,10 @@ class UNet2DConditionModel(nnx.Module):
         sample: Float[Array, "B h w c"],
         timesteps: Num[Array, " B"],
         encoder_hidden_states: Float[Array, "B n d"],
+        *,
+        class_labels: Num[Array, "B ..."] | None = None,
+        text_embeds: Float[Array, "B p"] | None = None,
+        time_ids: Num[Array, "B k"] | None = None,
     ) -> Float[Array, "B h w o"]:
         """Predict from noisy latents.
 
@@ -237,23 +294,36 @@ class UNet2DConditionModel(nnx.Module):
             sample: noisy latents x_t, [B, h, w, in_channels].
             timesteps: the training timestep of each, [B], 0 … num_train_timesteps−1.
             encoder_hidden_states: text embeddings, [B, n, cross_attention_dim].
+            class_labels: as `class_embed_type` has it: class numbers or noise levels [B], or
+                vectors [B, projection_class_embeddings_input_dim].
+            text_embeds: pooled text embeddings [B, p] (SDXL).
+            time_ids: original size, crop corner and target size in pixels [B, 6] (SDXL).
 
         Returns:
             The model's prediction, [B, h, w, out_channels], in the compute dtype.
+
+        Raises:
+            UsageError: an input that the configuration asks for is missing, or one that it has no
+                use for is given.
         """
         config = self.config
         remat = self.gradient_checkpointing
+        _check_inputs(config, class_labels=class_labels, text_embeds=text_embeds, time_ids=time_ids)
         x = sample.astype(self.dtype)
         context = encoder_hidden_states.astype(self.dtype)
         if config.center_input_sample:
             x = 2 * x - 1
-        sinusoid = sinusoidal_embedding(
-            timesteps,
-            config.block_out_channels[0],
-            flip_sin_to_cos=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
-        temb = self.time_embedding(sinusoid.astype(self.dtype))
+        temb = self.time_embedding(self._sinusoid(timesteps, config.block_out_channels[0]))
+        if class_labels is not None:
+            embedded = self._embed_class(class_labels)
+            together = config.class_embeddings_concat
+            temb = jnp.concatenate([temb, embedded], axis=-1) if together else temb + embedded
+        if text_embeds is not None and time_ids is not None:
+            ids = self._sinusoid(time_ids.reshape(-1), config.addition_time_embed_dim or 0)
+            added = (text_embeds.astype(self.dtype), ids.reshape(len(time_ids), -1))
+            temb = temb + self.add_embedding(jnp.concatenate(added, axis=-1))
+        if config.time_embedding_act_fn is not None:
+            temb = activation(config.time_embedding_act_fn, "time_embedding_act_fn")(temb)
 
         x = self.conv_in(x)
         skips: tuple[Array, ...] = (x,)
@@ -268,3 +338,29 @@ class UNet2DConditionModel(nnx.Module):
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             x = block(x, block_skips, temb, context, size, remat)
         return self.conv_out(self.act(self.conv_norm_out(x)))
+
+    def _sinusoid(self, values: Num[Array, " B"], dim: int) -> Float[Array, "B d"]:
+        config = self.config
+        flip, shift = config.flip_sin_to_cos, config.freq_shift
+        embedding = sinusoidal_embedding(values, dim, flip_sin_to_cos=flip, freq_shift=shift)
+        return embedding.astype(self.dtype)
+
+    def _embed_class(self, labels: Num[Array, "B ..."]) -> Float[Array, "B d"]:
+        if self.config.class_embed_type == "timestep":
+            labels = self._sinusoid(labels, self.config.block_out_channels[0])
+        elif self.config.class_embed_type is not None:
+            labels = labels.astype(self.dtype)
+        return self.class_embedding(labels)
+
+
+def _check_inputs(config: UNetConfig, **given: Array | None) -> None:
+    for name, value in given.items():
+        if name == "class_labels":
+            field, needed = "class_embed_type or num_class_embeds", config.has_class_embedding
+        else:
+            field = f"addition_embed_type={config.addition_embed_type!r}"
+            needed = config.addition_embed_type == "text_time"
+        if needed and value is None:
+            raise UsageError(f"{name} is missing: this UNet's {field} needs it")
+        if value is not None and not needed:
+            raise UsageError(f"{name} is given, but this UNet has no use for it ({field})")

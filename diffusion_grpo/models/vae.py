@@ -6,23 +6,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.models.attention import Attention
 from diffusion_grpo.models.layers import (
-    Attention,
     Downsample2D,
     DType,
     ResnetBlock2D,
     Upsample2D,
     activation,
     conv,
-    group_norm,
 )
+from diffusion_grpo.models.norms import group_norm
+from diffusion_grpo.models.tiling import receptive_margin
 from diffusion_grpo.models.unet_config import config_values
 
+QUERIES = 4096  # pixels that attend at a time
 EPS = 1e-6  # Diffusers' VAE blocks fix it; it is not a config field.
 
 
@@ -103,7 +106,17 @@ class AttentionBlock(Attention):
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:  # type: ignore[override]
         """Map [B, h, w, c] to the same shape."""
         b, h, w, c = x.shape
-        return x + super().__call__(self.group_norm(x).reshape(b, h * w, c)).reshape(b, h, w, c)
+        tokens = self.group_norm(x).reshape(b, h * w, c)
+        return x + self._attend(tokens).reshape(b, h, w, c)
+
+    def _attend(self, tokens: Float[Array, "B n c"]) -> Float[Array, "B n c"]:
+        """Attend from some of many pixels at a time: all scores of 128×128 would take 1 GB."""
+        b, n, c = tokens.shape
+        if n <= QUERIES or n % QUERIES:
+            return super().__call__(tokens)
+        parts = tokens.reshape(b, n // QUERIES, QUERIES, c).swapaxes(0, 1)
+        out = jax.lax.map(lambda part: Attention.__call__(self, part, tokens), parts)
+        return out.swapaxes(0, 1).reshape(b, n, c)
 
 
 class MidBlock(nnx.Module):
@@ -161,8 +174,15 @@ class UpDecoderBlock2D(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map [B, h, w, in] to [B, 2h, 2w, out]."""
-        for layer in (*self.resnets, *getattr(self, "upsamplers", ())):
-            x = layer(x)
+        x = self.before_upsampling(x)
+        for upsampler in getattr(self, "upsamplers", ()):
+            x = upsampler(x)
+        return x
+
+    def before_upsampling(self, x: Array) -> Array:
+        """Map [B, h, w, in] to [B, h, w, out]."""
+        for resnet in self.resnets:
+            x = resnet(x)
         return x
 
 
@@ -214,10 +234,22 @@ class Decoder(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map [B, h, w, latent_channels] to [B, H, W, 3]."""
+        return self.last(self.before_last(x))
+
+    def before_last(self, x: Array) -> Array:
+        """Map [B, h, w, latent_channels] to the features before the last upsampling."""
         x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.act(self.conv_norm_out(x)))
+        *blocks, final = self.up_blocks
+        for i, block in enumerate(blocks):
+            x = block(x) if i < len(blocks) - 1 else block.before_upsampling(x)
+        return x
+
+    def last(self, x: Array) -> Array:
+        """Map the features before the last upsampling to [B, H, W, 3]."""
+        *blocks, final = self.up_blocks
+        for upsampler in blocks[-1].upsamplers if blocks else ():
+            x = upsampler(x)
+        return self.conv_out(self.act(self.conv_norm_out(final(x))))
 
 
 class AutoencoderKL(nnx.Module):
@@ -262,7 +294,27 @@ class AutoencoderKL(nnx.Module):
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Decode unscaled latents to images, about [−1, 1] (not clipped)."""
+        return self.decode_local(self.decode_global(latents))
+
+    def decode_global(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 d"]:
+        """Decode as far as the last upsampling; see `tiling`."""
         z = latents.astype(self.dtype)
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
-        return self.decoder(z)
+        return self.decoder.before_last(z)
+
+    def decode_local(self, features: Float[Array, "B h2 w2 d"]) -> Float[Array, "B H W 3"]:
+        """Decode the rest, from the last upsampling on: convolutions and GroupNorms."""
+        return self.decoder.last(features)
+
+    @property
+    def local_scale(self) -> int:
+        """Image pixels a feature of `decode_local`, along one side."""
+        return min(2, len(self.config.block_out_channels))
+
+    @property
+    def decoder_margin(self) -> int:
+        """Features around a tile that `decode_local` depends on."""
+        resnets = 2 * (self.config.layers_per_block + 1)
+        # the upsampler's convolution, the block's, and the last one
+        return receptive_margin([0, 1 + resnets + 1] if self.local_scale == 2 else [resnets + 1])

@@ -3,18 +3,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel as TorchUNet
 from diffusers.models.attention import BasicTransformerBlock as TorchTransformerBlock
+from diffusers.models.attention import FeedForward as TorchFeedForward
 from diffusers.models.attention_processor import Attention as TorchAttention
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D as TorchResnet
+from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel as TorchDual
 from diffusers.models.transformers.transformer_2d import Transformer2DModel as TorchTransformer
+from families import PUBLISHED, WIDTHS, small
 from flax import nnx
 from torch_checkpoints import make_unet, randomize
-from torch_weights import copy_torch_weights
+from torch_weights import copy_torch_weights, torch_name
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.models import layers
+from diffusion_grpo.models import attention, embeddings, layers
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
+from diffusion_grpo.tensors import abstract_module
 
 KW = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -47,7 +52,7 @@ def _call(module, *args):
 def test_sinusoidal_embedding(flip, shift):
     timesteps = torch.tensor([0, 1, 17, 999])
     theirs = get_timestep_embedding(timesteps, 32, flip, shift)
-    ours = layers.sinusoidal_embedding(
+    ours = embeddings.sinusoidal_embedding(
         jnp.asarray(timesteps.numpy()), 32, flip_sin_to_cos=flip, freq_shift=shift
     )
     # float32 sine of angles near 1000: the argument's own rounding is 3e-5
@@ -91,7 +96,7 @@ def test_resnet_block(channels, shift):
 def test_attention(context):
     theirs, ours = _pair(
         TorchAttention(32, cross_attention_dim=context, heads=4, dim_head=8),
-        layers.Attention(32, heads=4, head_dim=8, context_dim=context, rngs=nnx.Rngs(0), **KW),
+        attention.Attention(32, heads=4, head_dim=8, context_dim=context, rngs=nnx.Rngs(0), **KW),
     )
     x = torch.randn(2, 9, 32)
     c = None if context is None else torch.randn(2, 5, context)
@@ -101,11 +106,46 @@ def test_attention(context):
     assert _relative_error(_call(ours, *map(jnp.asarray, arguments)), expected) <= 1e-5
 
 
-def test_transformer_block():
+@pytest.mark.parametrize("kind", sorted(attention.FEED_FORWARDS))
+def test_feed_forward(kind):
     theirs, ours = _pair(
-        TorchTransformerBlock(32, 4, 8, cross_attention_dim=24),
-        layers.BasicTransformerBlock(
-            32, heads=4, head_dim=8, context_dim=24, rngs=nnx.Rngs(0), **KW
+        TorchFeedForward(8, activation_fn=kind),
+        attention.FeedForward(8, kind, rngs=nnx.Rngs(0), **KW),
+    )
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = _numpy(theirs(x))
+    assert _relative_error(ours(jnp.asarray(_numpy(x))), expected) <= 1e-5
+
+
+def test_upcast_attention_multiplies_in_float32():
+    # Products near 1e3 lose whole units to bfloat16, and the softmax with them.
+    ours = attention.Attention(
+        16, heads=1, head_dim=16, upcast=True, rngs=nnx.Rngs(0), **KW | {"dtype": jnp.bfloat16}
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 8, (1, 6, 16)), jnp.bfloat16)
+    q, k, v = (np.asarray(p(x), np.float64)[0] for p in (ours.to_q, ours.to_k, ours.to_v))
+    scores = q @ k.T / 4
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    expected = (weights / weights.sum(1, keepdims=True)) @ v
+    heads = jnp.asarray(expected, jnp.float32).astype(jnp.bfloat16)[None]
+    assert (ours(x) == ours.to_out[0](heads)).mean() > 0.95
+
+
+@pytest.mark.parametrize("only_cross_attention", [False, True])
+def test_transformer_block(only_cross_attention):
+    theirs, ours = _pair(
+        TorchTransformerBlock(
+            32, 4, 8, cross_attention_dim=24, only_cross_attention=only_cross_attention
+        ),
+        attention.BasicTransformerBlock(
+            32,
+            heads=4,
+            head_dim=8,
+            context_dim=24,
+            only_cross_attention=only_cross_attention,
+            rngs=nnx.Rngs(0),
+            **KW,
         ),
     )
     x, c = torch.randn(2, 9, 32), torch.randn(2, 5, 24)
@@ -122,7 +162,7 @@ def test_spatial_transformer(linear):
             4, 8, in_channels=32, num_layers=2, cross_attention_dim=24, norm_num_groups=8,
             use_linear_projection=linear,
         ),
-        layers.Transformer2DModel(
+        attention.Transformer2DModel(
             32, heads=4, depth=2, context_dim=24, groups=8, linear_projection=linear,
             rngs=nnx.Rngs(0), **KW,
         ),
@@ -134,17 +174,23 @@ def test_spatial_transformer(linear):
     assert _relative_error(ours, expected) <= 1e-5
 
 
-def _whole(torch_unet, height=8, width=8, dtype=jnp.float32):
+def _whole(torch_unet, height=8, width=8, dtype=jnp.float32, tokens=7, **extra):
+    """Return our copy of a torch UNet, inputs, and torch's output for them."""
     randomize(torch_unet)
     config = UNetConfig.from_dict(dict(torch_unet.config))
-    unet = UNet2DConditionModel(config, dtype=dtype, rngs=nnx.Rngs(0))
+    unet = abstract_module(UNet2DConditionModel, config, dtype=dtype)
     copy_torch_weights(torch_unet, unet)
     generator = torch.Generator().manual_seed(1)
     sample = torch.randn(2, 4, height, width, generator=generator)
-    context = torch.randn(2, 7, config.cross_attention_dim, generator=generator)
+    context = torch.randn(
+        2, tokens, config.per_block("cross_attention_dim")[0], generator=generator
+    )
     timesteps = torch.tensor([3, 801])
+    side = {k: extra.pop(k) for k in ("text_embeds", "time_ids") if k in extra}
+    if side:
+        extra["added_cond_kwargs"] = side
     with torch.no_grad():
-        expected = _nhwc(torch_unet(sample, timesteps, context).sample)
+        expected = _nhwc(torch_unet(sample, timesteps, context, **extra).sample)
     inputs = (_nhwc(sample), timesteps.numpy().astype(np.int32), _numpy(context))
     return unet, tuple(map(jnp.asarray, inputs)), expected
 
@@ -160,12 +206,106 @@ def _whole(torch_unet, height=8, width=8, dtype=jnp.float32):
         {"flip_sin_to_cos": False, "freq_shift": 1, "center_input_sample": True},
         {"attention_head_dim": 8, "act_fn": "gelu"},
         {"upcast_attention": True},
+        {"only_cross_attention": (True, False, True), "layers_per_block": (1, 2, 1)},
+        {"mid_block_scale_factor": 2.0, "time_embedding_dim": 48, "conv_in_kernel": 1},
+        {"time_embedding_act_fn": "mish", "timestep_post_act": "silu", "conv_out_kernel": 5},
+        {
+            "transformer_layers_per_block": (1, (1,), 2),
+            "reverse_transformer_layers_per_block": (1, (2, 1), 1),
+        },
     ],
     ids=lambda fields: "-".join(fields) or "plain",
 )
 def test_whole_unet(fields):
     unet, inputs, expected = _whole(make_unet(**fields))
     assert _relative_error(_call(unet, *inputs), expected) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels"),
+    [
+        ({"num_class_embeds": 5}, torch.tensor([1, 4])),
+        ({"class_embed_type": "timestep"}, torch.tensor([20, 350])),
+        ({"class_embed_type": "identity"}, torch.randn(2, 64)),
+        (
+            {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 6},
+            torch.randn(2, 6),
+        ),
+        (
+            {
+                "class_embed_type": "simple_projection",
+                "projection_class_embeddings_input_dim": 6,
+                "class_embeddings_concat": True,
+            },
+            torch.randn(2, 6),
+        ),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_class_embeddings(fields, labels):
+    plain = {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",)}
+    plain |= {"up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    unet, inputs, expected = _whole(make_unet(**plain | fields), class_labels=labels)
+    labels = jnp.asarray(labels.numpy(), jnp.float32 if labels.is_floating_point() else jnp.int32)
+    out = jax.jit(lambda unet, *args: unet(*args, class_labels=labels))(unet, *inputs)
+    assert _relative_error(out, expected) <= 1e-4
+    with pytest.raises(UsageError, match="class_labels is missing"):
+        unet(*inputs)
+
+
+def test_dual_transformer():
+    """Layer by layer: Diffusers' own UNet passes its dual transformers an argument they refuse."""
+    theirs, ours = _pair(
+        TorchDual(4, 8, in_channels=32, cross_attention_dim=24, norm_num_groups=8),
+        attention.DualTransformer2DModel(
+            32, heads=4, context_dim=24, groups=8, rngs=nnx.Rngs(0), **KW
+        ),
+    )
+    x, c = torch.randn(2, 32, 4, 6), torch.randn(2, 77 + 257, 24)
+    with torch.no_grad():
+        expected = _nhwc(theirs(x, c, return_dict=False)[0])
+    x, c = jnp.asarray(_nhwc(x)), jnp.asarray(_numpy(c))
+    assert _relative_error(_call(ours, x, c), expected) <= 1e-5
+    with pytest.raises(UsageError, match=r"7 tokens.*77 \+ 257"):
+        ours(x, c[:, :7])
+
+
+def test_dual_cross_attention_has_the_parameters_of_diffusers():
+    theirs = make_unet(dual_cross_attention=True, use_linear_projection=True)
+    config = UNetConfig.from_dict(dict(theirs.config))
+    ours = abstract_module(UNet2DConditionModel, config)
+    copy_torch_weights(theirs, ours)  # strict in names and shapes
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_relatives_of_the_published_families(name):
+    fields = small(PUBLISHED[name], 99).unet
+    side = {}
+    if "addition_embed_type" in fields:
+        side["text_embeds"] = torch.randn(2, WIDTHS["text_encoder_2"])
+        side["time_ids"] = torch.tensor([[64, 64, 0, 0, 64, 64], [96, 80, 8, 4, 64, 72]])
+    unet, inputs, expected = _whole(make_unet(**fields), **side)
+    given = {k: jnp.asarray(v.numpy().astype(np.float32)) for k, v in side.items()}
+    out = jax.jit(lambda unet, *args: unet(*args, **given))(unet, *inputs)
+    assert _relative_error(out, expected) <= 1e-4
+    if side:
+        with pytest.raises(UsageError, match="text_embeds is missing"):
+            unet(*inputs)
+    else:
+        with pytest.raises(UsageError, match="text_embeds is given, but.*no use"):
+            unet(*inputs, text_embeds=jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_describe_the_published_parameters(name):
+    """The trees agree in every name and shape, at full size; nothing is allocated."""
+    with torch.device("meta"):
+        theirs = TorchUNet(**PUBLISHED[name].unet)
+    config = UNetConfig.from_dict(dict(theirs.config))
+    ours = abstract_module(UNet2DConditionModel, config)
+    leaves = nnx.to_flat_state(nnx.state(ours, nnx.Param))
+    shapes = {torch_name(path): sorted(leaf.shape) for path, leaf in leaves}
+    assert shapes == {n: sorted(p.shape) for n, p in theirs.named_parameters()}
 
 
 def test_sizes_that_do_not_halve_evenly():
@@ -212,7 +352,18 @@ def test_gradients_agree_with_torch():
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"class_embed_type": "timestep"}, "class_embed_type"),
+        ({"class_embed_type": "image"}, "class_embed_type 'image'"),
+        ({"class_embed_type": "projection"}, "needs projection_class_embeddings_input_dim"),
+        ({"addition_embed_type": "text_image"}, "addition_embed_type 'text_image'"),
+        (
+            {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 9},
+            "needs addition_time_embed_dim",
+        ),
+        ({"class_embeddings_concat": True}, "class_embeddings_concat needs class_embed_type"),
+        ({"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+        ({"attention_type": "gated"}, "attention_type='gated'"),
+        ({"transformer_layers_per_block": [1, [1], 1, 1]}, r"entry \[1\] for a block with 2"),
         ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
         ({"no_such_field": 1}, "no_such_field"),
         ({"attention_head_dim": [8, 8]}, "attention_head_dim"),

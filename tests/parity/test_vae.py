@@ -80,6 +80,16 @@ def test_decoder_block_by_block(part):
     assert _relative_error(ours_out, expected) <= 1e-5
 
 
+def test_many_pixels_attend_in_parts(monkeypatch):
+    theirs, ours = _pair()
+    monkeypatch.setattr("diffusion_grpo.models.vae.QUERIES", 16)
+    latents = torch.randn(2, 4, 6, 8)
+    with torch.no_grad():
+        expected = _nhwc(theirs.decode(latents).sample)
+    decoded = jax.jit(lambda m, x: m.decode(x))(ours, jnp.asarray(_nhwc(latents)))
+    assert _relative_error(decoded, expected) <= 1e-4
+
+
 def test_bfloat16_is_close():
     theirs, ours = _pair(dtype=jnp.bfloat16)
     latents = torch.randn(2, 4, 6, 8)
