@@ -22,13 +22,17 @@ from diffusion_grpo.shapes.scenes import COLORS, IMAGE_SIZE, SHAPES, Scenes
 
 SAMPLING = SamplingDefaults(guidance_scale=3.0, num_steps=20)  # measured best of 1, 3 and 5
 TOKENS = 16
-WIDTH = 96  # of the CLIP towers, of their common space, and of the UNet's text embeddings
+WIDTH = 96  # of CLIP's text tower, and so of the UNet's text embeddings
+VISION_WIDTH = 128
+# Wider than the towers: an image's embedding holds which of 40 kinds of objects are there and
+# where, and a caption asks for some of it by an inner product.
+PROJECTION = 256
 PATCH = 8
 
 VAE = VAEConfig(
-    block_out_channels=(16, 16, 32, 64),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(16, 32, 64),
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
     layers_per_block=1,
     norm_num_groups=4,
     sample_size=IMAGE_SIZE,
@@ -36,9 +40,9 @@ VAE = VAEConfig(
 )
 UNET = UNetConfig(
     sample_size=IMAGE_SIZE // VAE.downscale_factor,
-    block_out_channels=(32, 64),
-    down_block_types=("CrossAttnDownBlock2D",) * 2,
-    up_block_types=("CrossAttnUpBlock2D",) * 2,
+    block_out_channels=(32, 64, 96),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     layers_per_block=1,
     norm_num_groups=8,
     attention_head_dim=4,
@@ -62,30 +66,32 @@ def clip_config(vocabulary: int) -> Any:
     """Return the transformers configuration of the CLIP model, given its tokenizer's size."""
     from transformers import CLIPConfig
 
-    tower = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
-        "num_attention_heads": WIDTH // 32,
-    }
+
+    def tower(width: int) -> dict[str, int]:
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_attention_heads": width // 32,
+            "projection_dim": PROJECTION,
+        }
+
     special = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
     return CLIPConfig(
-        text_config=tower
+        text_config=tower(WIDTH)
         | special
         | {
             "num_hidden_layers": 2,
             "vocab_size": vocabulary,
             "max_position_embeddings": TOKENS,
             "pad_token_id": vocabulary - 1,
-            "projection_dim": WIDTH,
         },
-        vision_config=tower
+        vision_config=tower(VISION_WIDTH)
         | {
             "num_hidden_layers": 4,
             "image_size": IMAGE_SIZE,
             "patch_size": PATCH,
-            "projection_dim": WIDTH,
         },
-        projection_dim=WIDTH,
+        projection_dim=PROJECTION,
     )
 
 
@@ -99,14 +105,14 @@ def position_table(scale: float = 0.3) -> np.ndarray:
         scale: the amplitude.
 
     Returns:
-        float32 `[1 + patches, WIDTH]`.
+        float32 `[1 + patches, VISION_WIDTH]`.
     """
-    side, quarter = IMAGE_SIZE // PATCH, WIDTH // 4
+    side, quarter = IMAGE_SIZE // PATCH, VISION_WIDTH // 4
     angles = np.arange(side)[:, None] * 10.0 ** (-1.0 * np.arange(quarter) / quarter)[None]
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     rows, columns = np.repeat(line, side, axis=0), np.tile(line, (side, 1))
     table = np.concatenate([rows, columns], axis=1)
-    return scale * np.concatenate([np.zeros((1, WIDTH)), table]).astype(np.float32)
+    return scale * np.concatenate([np.zeros((1, VISION_WIDTH)), table]).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------- VAE
@@ -144,8 +150,8 @@ class Probes(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         """Build the read-outs."""
         kinds = len(SHAPES) + len(COLORS) + len(SHAPES) * len(COLORS)
-        self.patch = nnx.Linear(WIDTH, len(SHAPES) + len(COLORS) + 2, rngs=rngs)
-        self.scene = nnx.Linear(WIDTH, 3 * kinds, rngs=rngs)
+        self.patch = nnx.Linear(VISION_WIDTH, len(SHAPES) + len(COLORS) + 2, rngs=rngs)
+        self.scene = nnx.Linear(PROJECTION, 3 * kinds, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +252,7 @@ def contrastive_loss(
         _cross_entropy(patch[..., :shapes], targets["patch_shape"]).mean()
         + _cross_entropy(patch[..., shapes:], targets["patch_color"]).mean()
     )
-    scene = probes.scene(image * np.sqrt(WIDTH)).reshape(b, -1, 3)
+    scene = probes.scene(image * np.sqrt(PROJECTION)).reshape(b, -1, 3)
     present = targets["presence"]
     presence = optax.sigmoid_binary_cross_entropy(scene[..., 0], present).mean()
     error = jnp.square(scene[..., 1:] - targets["place"]).sum(-1)
