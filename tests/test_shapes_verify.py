@@ -121,6 +121,13 @@ def test_noise_gray_and_all_colors_at_once_never_pass() -> None:
         assert verdict.score.max() <= 0.5
 
 
+def test_empty_pictures_alone_are_judged() -> None:
+    blank = np.stack([np.full((64, 64, 3), level, np.uint8) for level in (0, 128, 255)])
+    verdict = verify(blank, ["a red circle"] * 3)
+    assert not verdict.passed.any() and not verdict.parts["count"].any()
+    assert (verdict.score == 0).all()
+
+
 def test_a_crowd_of_every_object_never_passes() -> None:
     singles = sample_scenes(np.random.default_rng(6), 60, split="all", tasks=["colors"])
     crowd = render(singles).min(axis=0, keepdims=True)

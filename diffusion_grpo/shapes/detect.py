@@ -276,7 +276,8 @@ def _detect(images: np.ndarray) -> Detections:
     inner = weight >= 0.999
     rgb = pixels.reshape(-1, 3)[owned]
     mean = np.stack([np.bincount(who, inner * rgb[:, c], count) for c in range(3)], axis=1)
-    mean /= np.maximum(np.bincount(who, inner, count), 1)[:, None]
+    # Not in place: where there is no object at all, bincount returns integers.
+    mean = mean / np.maximum(np.bincount(who, inner, count), 1)[:, None]
     error = np.linalg.norm(mean - _PALETTE[np.minimum(known, _UNKNOWN - 1)], axis=1)
     color = np.where((known < _UNKNOWN) & (error <= _MAX_COLOR_ERROR), known, -1)
 
