@@ -15,6 +15,7 @@ import yaml
 
 from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.fields import Section, update_section
+from diffusion_grpo.reward_failure import parse_failure_policies
 from diffusion_grpo.reward_specs import RewardSpec, parse_reward_specs
 from diffusion_grpo.sections import (
     SHORT_FLAGS,
@@ -71,16 +72,39 @@ class Config:
         gold = self.eval.gold
         return parse_reward_specs(gold, _options_of(gold, self.reward.options)) if gold else []
 
+    def reward_settings(self) -> dict[str, Any]:
+        """Return the arguments of `RewardSet.load` beside the rewards.
+
+        Raises:
+            UsageError: a failure policy that is malformed or, like a name to cache, not of a reward
+                in use.
+        """
+        specs = parse_reward_specs((*self.reward.rewards, *self.eval.gold), self.reward.options)
+        names = [spec.name for spec in specs]
+        for name in self.reward.cache:
+            if name not in names:
+                raise UsageError(
+                    f"reward.cache has {name!r}, which is not used{suggest(name, names)}; rewards "
+                    f"in use: {', '.join(names)}"
+                )
+        return {
+            "combination": self.reward.combine,
+            "pessimism": self.reward.pessimism,
+            "policies": parse_failure_policies(self.reward.on_failure, names),
+            "cache": self.reward.cache,
+            "max_dropped": self.reward.max_dropped,
+        }
+
     def validate(self) -> None:
         """Check that the sections fit each other.
 
         Raises:
             UsageError: P x G is no multiple of a microbatch; more gradient steps than steps; a
                 ratio without noise; gain weights with too few steps; a malformed reward, one that
-                is both trained on and gold, or an option of neither.
+                is both trained on and gold, or an option or failure policy of neither.
         """
         # Together, so that an option of no reward and a reward in both lists are found.
-        parse_reward_specs((*self.reward.rewards, *self.eval.gold), self.reward.options)
+        self.reward_settings()
         _check_microbatch("rollout.microbatch", self.rollout.microbatch, self.rollout)
         _check_microbatch("grpo.microbatch", self.grpo.microbatch, self.rollout)
         steps, gradient_steps = self.rollout.num_steps, self.grpo.gradient_steps

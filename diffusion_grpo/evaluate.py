@@ -5,9 +5,10 @@ The images have the same prompts and the same noise before, during and after tra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from diffusion_grpo.pipeline import (
 )
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.prompts import Prompt
-from diffusion_grpo.reward import RewardSet
+from diffusion_grpo.reward import RewardSet, Scoring
 from diffusion_grpo.rollout import image_keys, initial_noise
 from diffusion_grpo.schedule import make_schedule
 
@@ -102,6 +103,7 @@ class Evaluator:
         self.metadata = [p.metadata for _, p, _ in repeated]
         self.description = describe_list(config.prompts, len(self.texts))
         self._rewards, self._gold = rewards, gold
+        self._images_per_prompt = options.images_per_prompt
         self._policy = policy
         self._schedule = make_schedule(model.scheduler_config, options.num_steps, eta=options.eta)
         self._embeddings = encode_prompts(model, [*self.texts, rollout.negative_prompt])
@@ -116,10 +118,31 @@ class Evaluator:
         self._chunk = rollout.microbatch
 
     def __call__(self, trained: Any) -> Evaluation:
-        """Draw and score with the given trained parameters."""
+        """Draw and score with the given trained parameters.
+
+        Raises:
+            RewardError: a reward failed; an evaluation drops no group.
+        """
         count = len(self.texts)
-        images = []
-        for rows in padded_chunks(count, self._chunk):
+        images, judges = [], [self._rewards, *([self._gold] if self._gold else [])]
+        with contextlib.ExitStack() as stack:
+            scorings = [stack.enter_context(self._start(judge)) for judge in judges]
+            for part in self._drawn(trained):
+                images.append(part[: count - sum(map(len, images))])
+                for scoring in scorings:
+                    scoring.add(images[-1])
+            results = [scoring.result() for scoring in scorings]
+        result = results[0]
+        scores = {name: values for found in results for name, values in found.scores.items()}
+        drawn = np.concatenate(images)
+        return Evaluation(drawn, self.texts, scores, result.total, len(result.scores))
+
+    def _start(self, rewards: RewardSet) -> Scoring:
+        return rewards.start(self.texts, self.metadata, group_size=self._images_per_prompt)
+
+    def _drawn(self, trained: Any) -> Iterator[np.ndarray]:
+        """Draw the images, chunk by chunk of one size."""
+        for rows in padded_chunks(len(self.texts), self._chunk):
             conditioning = (self._embeddings[rows], self._embeddings[-1:])
             final = self._draw(
                 trained,
@@ -129,9 +152,4 @@ class Evaluator:
                 self._keys[rows],
                 conditioning,
             )
-            images.append(np.asarray(self._decode(final)))
-        drawn = np.concatenate(images)[:count]
-        result = self._rewards(drawn, self.texts, self.metadata)
-        gold = self._gold(drawn, self.texts, self.metadata).scores if self._gold else {}
-        scores = result.scores | gold
-        return Evaluation(drawn, self.texts, scores, result.total, len(result.scores))
+            yield np.asarray(self._decode(final))

@@ -5,8 +5,11 @@ held-out prompts.
 
 | name | unit | meaning |
 |---|---|---|
-| `reward/mean`, `reward/std` | reward | weighted total over the images; population std |
+| `reward/mean`, `reward/std` | reward | combined total over the images; population std |
 | `reward/<name>/mean`, `/std`, `/min`, `/max` | its own | one reward, unweighted |
+| `reward/correlation/<a>:<b>` | 1 | Pearson's, of two rewards; left out where one is constant |
+| `reward/dropped` | share | images left out with their groups, since a reward failed; if any |
+| `reward/<name>/dropped`, `/cached` | share | images it failed on, if any; whose score it knew |
 | `advantage/mean`, `advantage/std` | 1 | advantages after clipping |
 | `advantage/zero_groups` | share | groups whose rewards are all equal, which teach nothing |
 | `loss` | 1 | what is minimized: policy loss + β · KL − entropy term, mean over updates |
@@ -17,8 +20,9 @@ held-out prompts.
 | `clip_fraction` | share | ratios outside of [1 − ε_low, 1 + ε_high] |
 | `grad_norm` | 1 | global gradient norm before clipping |
 | `learning_rate` | 1 | of the last update |
-| `time/sample`, `time/reward`, `time/update`, `time/iteration` | s | wall time |
-| `time/reward/<name>` | s | wall time of one reward |
+| `time/sample`, `time/update`, `time/iteration` | s | wall time |
+| `time/reward` | s | wall time of the rewards after the last image is drawn |
+| `time/reward/<name>` | s | wall time of one reward; on the host mostly while images are drawn |
 | `images_per_second` | 1/s | images of the iteration by its wall time |
 
 * by `log_prob_reduction`: a sum over the latent's elements, or their mean.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from diffusion_grpo.config import Config, OptimConfig, to_yaml
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
+from diffusion_grpo.prompts import Prompt
+from diffusion_grpo.reward import RewardResult, RewardSet, Scoring
 from diffusion_grpo.rollout import Trajectory, sample
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.update import reference_means
@@ -43,6 +47,31 @@ def check_directory(config: Config, resume: bool) -> Path:
             f"output directory {directory} cannot be written: {parent} refuses; {mend}"
         )
     return directory
+
+
+def check_prompts(
+    config: Config,
+    prompts: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+    rewards: RewardSet,
+    gold: RewardSet | None,
+) -> None:
+    """Find out whether the rewards can judge what they will be asked to.
+
+    Raises:
+        UsageError: a reward cannot judge a prompt, or compares the images of one where there is
+            only one.
+    """
+    evaluated = heldout[: config.eval.num_prompts]
+    training = (prompts, config.rollout.images_per_prompt, "rollout.images_per_prompt")
+    evaluation = (evaluated, config.eval.images_per_prompt, "eval.images_per_prompt")
+    for judges, (chosen, group_size, what) in (
+        (rewards, training),
+        (rewards, evaluation),
+        *([(gold, evaluation)] if gold is not None else []),
+    ):
+        texts, metadata = [p.text for p in chosen], [p.metadata for p in chosen]
+        judges.check(texts, metadata, group_size=group_size, what=what)
 
 
 def make_directory(config: Config, directory: Path) -> None:
@@ -110,7 +139,11 @@ def make_optimizer(
 
 
 def make_rollout(config: Config, denoiser: Any) -> Any:
-    """Compile the sampler of one microbatch, and run it over all images of an iteration."""
+    """Compile the sampler of one microbatch, and run it over all images of an iteration.
+
+    `on_chunk` of the function returned is called with each microbatch's trajectory as soon as it is
+    on its way, before the next one is begun.
+    """
     reduction = config.grpo.log_prob_reduction
     storage = DTYPES[config.rollout.storage_dtype]
 
@@ -129,21 +162,24 @@ def make_rollout(config: Config, denoiser: Any) -> Any:
         )
 
     def draw(
-        trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
+        trained: Any,
+        frozen: Any,
+        schedule: Schedule,
+        noise: Any,
+        keys: Any,
+        conditioning: Any,
+        *,
+        on_chunk: Callable[[Trajectory], None] | None = None,
     ) -> Trajectory:
         size = config.rollout.microbatch
         embeddings, negative = conditioning
-        parts = [
-            chunk(
-                trained,
-                frozen,
-                schedule,
-                noise[i : i + size],
-                keys[i : i + size],
-                (embeddings[i : i + size], negative),
-            )
-            for i in range(0, len(noise), size)
-        ]
+        parts = []
+        for i in range(0, len(noise), size):
+            rows = slice(i, i + size)
+            part = (noise[rows], keys[rows], (embeddings[rows], negative))
+            parts.append(chunk(trained, frozen, schedule, *part))
+            if on_chunk is not None:
+                on_chunk(parts[-1])
         return Trajectory(
             jnp.concatenate([p.latents for p in parts], axis=1),
             parts[0].timesteps,
@@ -176,6 +212,30 @@ def make_reference(config: Config, denoiser: Any) -> Any:
         return jnp.concatenate(parts, axis=1)
 
     return refer
+
+
+def decode_and_score(decode: Any, images: list[Any], scoring: Scoring, part: Trajectory) -> None:
+    """Decode what was just drawn, keep the images, and hand them to the rewards."""
+    images.append(decode(part.final))
+    scoring.add(images[-1])
+
+
+def kept_advantages(
+    advantages: Callable[[jax.Array], jax.Array], result: RewardResult
+) -> jax.Array:
+    """Return the advantages of an iteration; those of a dropped group, which has none, are 0.
+
+    Args:
+        advantages: totals of whole groups to their advantages.
+        result: what the images scored.
+    """
+    (rows,) = np.nonzero(result.kept)
+    found = advantages(jnp.asarray(result.total[rows]))
+    return (
+        found
+        if len(rows) == len(result.total)
+        else jnp.zeros(len(result.total)).at[rows].set(found)
+    )
 
 
 def decode_chunks(decode: Any, latents: jax.Array, size: int) -> jax.Array:

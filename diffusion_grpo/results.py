@@ -17,16 +17,6 @@ from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.sampling import SamplingDefaults
 
 
-def reward_metrics(result: Any) -> dict[str, float]:
-    """Return the statistics of the total and of each reward, and their times."""
-    metrics = {"reward/mean": result.total.mean(), "reward/std": result.total.std()}
-    for name, scores in result.scores.items():
-        for statistic in ("mean", "std", "min", "max"):
-            metrics[f"reward/{name}/{statistic}"] = getattr(scores, statistic)()
-        metrics[f"time/reward/{name}"] = result.seconds[name]
-    return {name: float(value) for name, value in metrics.items()}
-
-
 def update_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
     """Reduce an iteration's updates: the ratio's extremes, how many were skipped, else means."""
     reduce = {"ratio/min": np.min, "ratio/max": np.max, "skipped": np.sum}

@@ -1,4 +1,4 @@
-"""How a reward is found, imported and built: built-in names, files, modules, entry points."""
+"""How a reward is found and built: built-in names, files, modules, entry points, servers."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class LoadedReward:
         function: called as `function(images, prompts, metadata)`.
         on_device: whether it takes float32 device arrays in [0, 1] rather than uint8 host arrays.
         batch_size: the most images it is given at once; None for no limit.
+        of_group: whether it compares the images of one prompt: it is given one group at a time.
         spec: the specification it was loaded by.
         options: the options it was built with, converted.
     """
@@ -45,6 +46,7 @@ class LoadedReward:
     function: Callable[..., Any]
     on_device: bool = False
     batch_size: int | None = None
+    of_group: bool = False
     spec: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -67,9 +69,10 @@ def load_reward(spec: str, options: Mapping[str, Any] | None = None) -> LoadedRe
     """Find a reward, import it and build it with its options.
 
     Args:
-        spec: a built-in name, `my_file.py`, `my_file.py:name`, `package.module:function`, or an
-            installed entry point of the group `diffusion_grpo.rewards`. A built-in name goes before
-            an entry point.
+        spec: a built-in name, `my_file.py`, `my_file.py:name`, `package.module:function`, an
+            installed entry point of the group `diffusion_grpo.rewards`, or the URL of a reward
+            server, or several with commas between them. A built-in name goes before an entry
+            point.
         options: option name to value; text is converted by the annotation of the factory's
             parameter.
 
@@ -87,6 +90,10 @@ def load_reward(spec: str, options: Mapping[str, Any] | None = None) -> LoadedRe
         target = _from_file(spec, Path(place).expanduser(), name)
     elif kind == "module":
         target = _from_module(spec, place, name)
+    elif kind == "server":
+        from diffusion_grpo.reward_client import server_reward
+
+        target = server_reward(place)
     else:
         target = _from_name(spec)
     converted: dict[str, Any] = {}
@@ -156,10 +163,15 @@ def wrap_reward(
         raise UsageError(
             f"reward {spec!r} has batch_size {batch_size!r}: expected a whole number of at least 1"
         )
-    device = getattr(function, "on_device", False)
-    if not isinstance(device, bool):
-        raise UsageError(f"reward {spec!r} has on_device {device!r}: expected True or False")
-    return LoadedReward(name, function, device, batch_size, spec, dict(options or {}))
+    marks = [getattr(function, mark, False) for mark in ("on_device", "of_group")]
+    for mark, value in zip(("on_device", "of_group"), marks, strict=True):
+        if not isinstance(value, bool):
+            raise UsageError(f"reward {spec!r} has {mark} {value!r}: expected True or False")
+    check = getattr(function, "check", None)
+    if check is not None and not callable(check):
+        raise UsageError(f"reward {spec!r} has check {check!r}: expected a function of prompts")
+    device, group = marks
+    return LoadedReward(name, function, device, batch_size, group, spec, dict(options or {}))
 
 
 def _from_name(spec: str) -> Any:
@@ -183,7 +195,7 @@ def _from_name(spec: str) -> Any:
         f"unknown reward {spec!r}{suggest(spec, [*built_in, *extra])}{mend}; "
         f"built in: {', '.join(built_in)}"
         + (f"; installed: {', '.join(extra)}" if extra else "")
-        + "; or name a file (my_file.py:function) or a package.module:function"
+        + "; or name a file (my_file.py:function), a package.module:function or a server's URL"
     )
 
 

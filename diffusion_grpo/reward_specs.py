@@ -11,8 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
+from urllib.parse import urlsplit
 
 from diffusion_grpo.errors import UsageError, suggest
+
+# Where the token of reward servers is taken from.
+TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
@@ -113,23 +117,20 @@ def split_weight(text: str) -> tuple[str, float]:
     return spec, weight
 
 
-def split_spec(spec: str) -> tuple[Literal["file", "module", "name"], str, str]:
+def split_spec(spec: str) -> tuple[Literal["file", "module", "name", "server"], str, str]:
     """Split a specification into its kind and its place.
 
     Args:
         spec: a reward without its weight.
 
     Returns:
-        The kind; the path, module or name; and the name of the object in it, or `""`.
+        The kind; the path, module, name or URL; and the name of the object in it, or `""`.
 
     Raises:
         UsageError: it has none of the forms.
     """
     if re.match(r"https?://", spec):
-        raise UsageError(
-            f"reward {spec!r}: reward servers (http://) are not supported yet; use a "
-            "built-in name, my_file.py, my_file.py:function or package.module:function"
-        )
+        return "server", spec, server_name(spec)
     file = re.fullmatch(r"(.*\.py)(?::([^:/\\]*))?", spec)
     if file:
         if file[2] == "":
@@ -153,6 +154,38 @@ def short_name(spec: str) -> str:
     """Return the name by which options and metrics refer to a reward: `a/b.py:c` is `c`."""
     kind, place, name = split_spec(spec)
     return name or (Path(place).stem if kind == "file" else place)
+
+
+def split_servers(spec: str) -> list[str]:
+    """Split `http://a:8000,http://b:8000` into URLs without a slash at their end.
+
+    Raises:
+        UsageError: one is not a URL of a server.
+    """
+    servers = [url.strip().rstrip("/") for url in spec.split(",")]
+    for url in servers:
+        try:
+            parts = urlsplit(url)
+            sound = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        except ValueError:
+            parts, sound = urlsplit(""), False
+        if not sound or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+            raise UsageError(
+                f"reward {spec!r}: {url!r} is not a server's URL; expected http://host:port, or "
+                "several with commas between them"
+            )
+        if parts.username is not None:
+            raise UsageError(
+                f"reward server {parts.hostname!r}: a URL with a password would be written into "
+                f"the run's config; set {TOKEN_VARIABLE} in the environment instead"
+            )
+    return servers
+
+
+def server_name(spec: str) -> str:
+    """Return the name by which options refer to a server: its last path component, or its host."""
+    parts = urlsplit(split_servers(spec)[0])
+    return parts.path.rpartition("/")[2] or parts.netloc
 
 
 def bind_options(

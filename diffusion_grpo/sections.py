@@ -141,12 +141,26 @@ class RewardConfig(Section):
     section_name: ClassVar[str] = "reward"
 
     rewards: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--reward"])] = ("clip=1.0",)
-    """NAME or NAME=WEIGHT each: a built-in reward, FILE.py[:FUNCTION], or package.module:name."""
+    """NAME or NAME=WEIGHT each: a built-in reward, FILE.py[:FUNCTION], package.module:name, or the
+    URL of a reward server."""
     options: tuple[str, ...] = ()
     """NAME.OPTION=VALUE each, such as clip.model=shapes-clip: an option of one of the rewards."""
+    combine: Literal["weighted", "min", "ensemble"] = "weighted"
+    """One number of several rewards, each times its weight: their sum, the smallest of them, or
+    their mean less pessimism times their standard deviation."""
+    pessimism: float = 1.0
+    """κ of the ensemble: how much the rewards' disagreement about an image counts against it."""
+    on_failure: tuple[str, ...] = ()
+    """What to do when a reward fails, [NAME=]POLICY each: stop (save a checkpoint and stop; the
+    default), retry=N (call it again up to N times, then stop), or drop-group (leave the groups
+    that it fails on out of the update)."""
+    max_dropped: float = 0.25
+    """The share of an iteration's groups past which dropping them stops the run too."""
+    cache: tuple[str, ...] = ()
+    """Names of rewards that score equal images with equal prompts only once."""
 
     def __post_init__(self) -> None:
-        """Reject a missing reward and malformed options."""
+        """Reject a missing reward, malformed options and shares that no run can use."""
         super().__post_init__()
         self.require(bool(self.rewards), "rewards", "at least one reward, such as 'clip=1.0'")
         self.require(all(spec.strip() for spec in self.rewards), "rewards", "no empty name")
@@ -156,6 +170,8 @@ class RewardConfig(Section):
                     f"reward.options has {option!r}; expected NAME.OPTION=VALUE, such as "
                     "'clip.model=shapes-clip'"
                 )
+        self.require_non_negative("pessimism")
+        self.require(0 <= self.max_dropped < 1, "max_dropped", "a share from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True)

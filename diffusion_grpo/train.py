@@ -12,6 +12,7 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from diffusion_grpo.metrics import MetricsLog, Progress
 from diffusion_grpo.pipeline import encode_prompts, latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
     check_directory,
-    decode_chunks,
+    check_prompts,
+    decode_and_score,
+    kept_advantages,
     load_model,
     lora_options,
     make_directory,
@@ -42,7 +45,6 @@ from diffusion_grpo.prompts import Prompt, load_prompts, prompt_batch
 from diffusion_grpo.results import (
     describe,
     export,
-    reward_metrics,
     save_evaluation_grid,
     save_results,
     update_metrics,
@@ -92,8 +94,10 @@ def train(config: Config, *, resume: bool = False) -> Result:
     source = local_directory(config.model.pretrained)
     check_layout(source)
     directory = check_directory(config, resume)
-    rewards = RewardSet.load(config.training_rewards())
-    gold = RewardSet.load(gold_specs) if gold_specs else None
+    settings = config.reward_settings()
+    rewards = RewardSet.load(config.training_rewards(), **settings)
+    gold = RewardSet.load(gold_specs, **settings) if gold_specs else None
+    check_prompts(config, prompts, heldout, rewards, gold)
     model = load_model(config, source)
     make_directory(config, directory)
 
@@ -153,7 +157,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
             index, texts, metadata, group = lay_out(batch, rollout.images_per_prompt)
             conditioning = (embeddings[index], embeddings[-1:])
 
-            # rollout and decode
+            # rollout, decode, reward: host rewards score a chunk while the next one is drawn
             schedule = make_schedule(
                 model.scheduler_config,
                 rollout.num_steps,
@@ -166,21 +170,38 @@ def train(config: Config, *, resume: bool = False) -> Result:
             start_keys = image_keys(seed, iteration, index, first, "initial_noise")
             step_keys = image_keys(seed, iteration, index, group, "step_noise")
             noise = initial_noise(start_keys, shape)
-            trajectory = draw(state.params, policy.frozen, schedule, noise, step_keys, conditioning)
-            images = decode_chunks(decode, trajectory.final, rollout.microbatch)
-            images.block_until_ready()
-            sampled = time.perf_counter()
+            group_size = rollout.images_per_prompt
+            with (
+                checkpoints.kept(iteration, leaves(state), resume=again),
+                rewards.start(texts, metadata, group_size=group_size, may_drop=True) as scoring,
+            ):
+                chunks: list[jax.Array] = []
+                trajectory = draw(
+                    state.params,
+                    policy.frozen,
+                    schedule,
+                    noise,
+                    step_keys,
+                    conditioning,
+                    on_chunk=partial(decode_and_score, decode, chunks, scoring),
+                )
+                images = jnp.concatenate(chunks)
+                images.block_until_ready()
+                sampled = time.perf_counter()
+                result = scoring.result()
+            for note in result.notes:
+                progress.message(note)
 
-            # reward and advantages
-            with checkpoints.kept(iteration, leaves(state), resume=again):
-                result = rewards(images, texts, metadata)
-            scores = jnp.asarray(result.total)
-            advantages = group_advantages(
-                scores,
-                rollout.images_per_prompt,
-                kind=options.advantage,
-                eps=options.advantage_eps,
-                clip=options.advantage_clip,
+            # advantages, within each group
+            advantages = kept_advantages(
+                partial(
+                    group_advantages,
+                    group_size=group_size,
+                    kind=options.advantage,
+                    eps=options.advantage_eps,
+                    clip=options.advantage_clip,
+                ),
+                result,
             )
             scored = time.perf_counter()
 
@@ -210,12 +231,12 @@ def train(config: Config, *, resume: bool = False) -> Result:
 
             # report
             metrics = {
-                **reward_metrics(result),
+                **result.metrics(),
                 **update_metrics(history),
                 "advantage/mean": float(advantages.mean()),
                 "advantage/std": float(advantages.std()),
                 "advantage/zero_groups": float(
-                    uninformative_groups(scores, rollout.images_per_prompt).mean()
+                    uninformative_groups(jnp.asarray(result.total[result.kept]), group_size).mean()
                 ),
                 "learning_rate": learning_rate(iteration),
                 "time/sample": sampled - began,

@@ -3,9 +3,10 @@
     r = 1                                                     if it does
     r = 0.7 × (share of what was asked that is there) − 0.1 × (objects too many), at least 0
 
-With `partial_credit=false` the second line is 0. What is asked: each object's shape and color, its
-size, relation and background where the caption names them (see `diffusion_grpo.shapes.verify`). The
-judge reads pixels only: 64×64 pictures, captions of the embedded world (`prompts/shapes.txt`).
+Range: 0 to 1. With `partial_credit=false` the second line is 0. What is asked: each object's shape
+and color, its size, relation and background where the caption names them (see
+`diffusion_grpo.shapes.verify`). The judge reads pixels only: 64×64 pictures, captions of the
+embedded world (`prompts/shapes.txt`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_grpo.reward import reward_factory
+from diffusion_grpo.shapes.captions import parse
 from diffusion_grpo.shapes.verify import verify
 
 
@@ -42,4 +44,10 @@ def shapes(partial_credit: bool = True) -> Callable[..., np.ndarray]:
         verdict = verify(images, prompts)
         return verdict.score if partial_credit else verdict.passed.astype(np.float32)
 
+    def check(prompts: list[str], metadata: list[dict[str, Any]]) -> None:
+        """Raise a `UsageError` for a prompt that is not a caption of this world."""
+        for prompt in prompts:
+            parse(prompt)
+
+    reward.check = check  # pyright: ignore[reportFunctionMemberAccess]
     return reward

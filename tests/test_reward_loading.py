@@ -172,8 +172,6 @@ def test_an_unknown_reward_is_an_error_that_lists_what_there_is(tmp_path, monkey
         load_reward("jpg_size")
     with pytest.raises(UsageError, match="there is no file 'nowhere/my.py'"):
         load_reward("nowhere/my.py:score")
-    with pytest.raises(UsageError, match="reward servers .http://. are not supported yet"):
-        load_reward("http://localhost:8000/score")
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "glow.py", BRIGHTNESS)
     with pytest.raises(UsageError, match="for the file 'glow.py', give its name with .py"):

@@ -21,6 +21,18 @@ def test_weights_and_options_are_read_from_the_command_line() -> None:
     ]
 
 
+def test_servers_are_named_by_their_path_or_their_host() -> None:
+    specs = parse_reward_specs(
+        ("http://a:8000=0.5", "https://b.org/rewards/ocr/=2", "http://c:1,http://d:2"),
+        ("a:8000.timeout=5", "ocr.retries=1", "c:1.name=faces"),
+    )
+    assert specs == [
+        RewardSpec("http://a:8000", "a:8000", 0.5, {"timeout": "5"}),
+        RewardSpec("https://b.org/rewards/ocr/", "ocr", 2.0, {"retries": "1"}),
+        RewardSpec("http://c:1,http://d:2", "c:1", 1.0, {"name": "faces"}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "options", "message"),
     [
@@ -36,7 +48,10 @@ def test_weights_and_options_are_read_from_the_command_line() -> None:
         (("clip",), ("model=x",), "'model=x' is not of the form REWARD.OPTION=VALUE"),
         (("clip",), ("clip.model=a", "clip.model=b"), "clip.model is given twice"),
         (("clip",), ("clap.model=a",), "not used .did you mean 'clip'.*; rewards in use: clip"),
-        (("http://localhost:8000=1",), (), "reward servers .* are not supported yet"),
+        (("http://:8000=1",), (), "'http://:8000' is not a server's URL; expected http://host:"),
+        (("http://a:99999=1",), (), "'http://a:99999' is not a server's URL"),
+        (("http://a?x=1",), (), "'http://a.x' is not a server's URL"),
+        (("http://me:secret@a:1",), (), "server 'a': a URL with a password.*REWARD_SERVER_TOKEN"),
         (("my_file.py:",), (), "'my_file.py:' names no function after the colon"),
         (("package.module:",), (), "'package.module:' is not of the form package.module:function"),
         (("my-package:f",), (), "'my-package:f' is not of the form package.module:function"),

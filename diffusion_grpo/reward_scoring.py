@@ -1,0 +1,285 @@
+"""Several rewards beside each other, and beside the sampler that draws their images."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from diffusion_grpo.errors import RewardError, UsageError
+from diffusion_grpo.images import to_uint8
+from diffusion_grpo.reward_run import Batch, RewardRun
+from diffusion_grpo.reward_scores import Combination, RewardResult, combine
+
+
+class Scoring:
+    """Scores the images of one batch as they come from the sampler.
+
+    `add` takes the next images and returns at once: each host reward works on them in a thread of
+    its own while the next ones are being drawn. Rewards on the device, which would only stand in
+    the sampler's way, run in `result`, over all images.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[RewardRun],
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+        *,
+        weights: Mapping[str, float],
+        combination: Combination = "weighted",
+        pessimism: float = 1.0,
+        group_size: int | None = None,
+        max_dropped: float = 0.0,
+    ) -> None:
+        """Prepare for `len(prompts)` images.
+
+        Args:
+            runs: the rewards.
+            prompts: B texts, those of a group side by side.
+            metadata: B dictionaries.
+            weights: reward name to its weight.
+            combination: as in `combine`.
+            pessimism: as in `combine`.
+            group_size: G; None if the images have no groups: then none can be dropped.
+            max_dropped: the largest share of groups that may be dropped.
+
+        Raises:
+            ValueError: the counts differ, or B is no multiple of G.
+            UsageError: a reward compares the images of a group, and there are no groups.
+        """
+        count = len(prompts)
+        if len(metadata) != count:
+            raise ValueError(
+                f"{count} prompts and {len(metadata)} metadata: expected the same number of each"
+            )
+        if group_size is not None and count % group_size:
+            raise ValueError(f"{count} images are no whole number of groups of {group_size}")
+        for run in runs:
+            if run.reward.of_group and (group_size is None or group_size < 2):
+                raise UsageError(
+                    f"reward {run.reward.name!r} compares the images of a group, but "
+                    f"{'images have no groups here' if group_size is None else 'a group has 1'}; "
+                    "expected groups of 2 or more"
+                )
+        self._runs, self._prompts, self._metadata = list(runs), list(prompts), list(metadata)
+        self._combine = (dict(weights), combination, pessimism)
+        self._group_size, self._max_dropped = group_size, max_dropped
+        self._parts: list[_Part] = []
+        self._seen = 0
+        self._workers = {
+            run.reward.name: _Worker(run) for run in self._runs if not run.reward.on_device
+        }
+
+    def __enter__(self) -> Scoring:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go of the threads; what they have not begun is left undone."""
+        for worker in self._workers.values():
+            worker.stop()
+
+    def add(self, images: Any) -> None:
+        """Take the next images.
+
+        Args:
+            images: [b, H, W, 3], NumPy or JAX; uint8, or floating in [0, 1], which is clipped and
+                rounded to multiples of 1/255 once, so that all rewards judge the same picture.
+
+        Raises:
+            ValueError: another shape or type, not finite, or more images than prompts.
+            RewardError: a reward has failed on earlier images.
+        """
+        part = _Part(quantize(images))
+        if self._seen + len(part) > len(self._prompts):
+            raise ValueError(
+                f"{self._seen + len(part)} images and {len(self._prompts)} prompts: expected the "
+                "same number of each"
+            )
+        self._parts.append(part)
+        before, self._seen = self._seen, self._seen + len(part)
+        for run in self._runs:
+            if run.reward.on_device:
+                continue
+            worker = self._workers[run.reward.name]
+            worker.raise_failure()
+            whole = self._group_size if run.reward.of_group and self._group_size else 1
+            start, stop = before // whole * whole, self._seen // whole * whole
+            if stop > start:
+                worker.submit(partial(self._batch, start, stop, on_host=True))
+
+    def result(self) -> RewardResult:
+        """Wait for the host rewards, run those on the device, and combine.
+
+        Raises:
+            ValueError: there were fewer images than prompts.
+            RewardError: a reward failed, or more groups than `max_dropped` were dropped.
+        """
+        count = len(self._prompts)
+        if self._seen != count:
+            raise ValueError(
+                f"{self._seen} images and {count} prompts: expected the same number of each"
+            )
+        found: dict[str, list[np.ndarray]] = {}
+        for run in self._runs:
+            if run.reward.on_device:
+                found[run.reward.name] = [run(self._batch(0, count))] if count else []
+        for name, worker in self._workers.items():
+            found[name] = worker.results()
+        scores = {
+            run.reward.name: np.concatenate(found[run.reward.name] or [np.zeros(0, np.float32)])
+            for run in self._runs
+        }
+        weights, combination, pessimism = self._combine
+        kept = self._kept(scores)
+        total = combine(scores, weights, combination, pessimism=pessimism)
+        return RewardResult(
+            scores,
+            np.where(kept, total, np.float32(np.nan)),
+            {run.reward.name: run.seconds for run in self._runs},
+            weights,
+            kept,
+            {r.reward.name: r.hits / max(count, 1) for r in self._runs if r.cache is not None},
+            tuple(note for run in self._runs for note in run.notes),
+        )
+
+    def _batch(self, start: int, stop: int, *, on_host: bool = False) -> Batch:
+        """Return images `start` to `stop`."""
+        pixels, first = [], 0
+        for part in self._parts:
+            rows = slice(max(start - first, 0), max(min(stop - first, len(part)), 0))
+            if rows.start < rows.stop:
+                whole = part.on_host() if on_host else part.pixels
+                pixels.append(whole if rows == slice(0, len(part)) else whole[rows])
+            first += len(part)
+        size = self._group_size
+        return Batch(
+            _concatenate(pixels),
+            self._prompts[start:stop],
+            self._metadata[start:stop],
+            range(start, stop),
+            None if size is None else [i // size for i in range(start, stop)],
+        )
+
+    def _kept(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return which images are in a group that every reward has scored.
+
+        Raises:
+            RewardError: too few.
+        """
+        missing = np.any([np.isnan(values) for values in scores.values()], axis=0)
+        if self._group_size is None or not missing.any():
+            return ~missing
+        groups = missing.reshape(-1, self._group_size).any(axis=1)
+        if groups.mean() > self._max_dropped:
+            notes = [note for run in self._runs for note in run.notes]
+            raise RewardError(
+                f"{groups.sum()} of {len(groups)} groups were dropped, more than the share of "
+                f"reward.max_dropped = {self._max_dropped:g}; the last: {notes[-1]}"
+            )
+        return ~groups.repeat(self._group_size)
+
+
+class _Part:
+    """Some images, fetched to the host at most once, by whichever reward needs them first."""
+
+    def __init__(self, pixels: Any) -> None:
+        self.pixels = pixels
+        self._host: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def on_host(self) -> np.ndarray:
+        with self._lock:
+            if self._host is None:
+                self._host = np.asarray(self.pixels)
+            return self._host
+
+
+class _Worker:
+    """A thread that runs one reward over batches, in order. It dies with the process."""
+
+    def __init__(self, run: RewardRun) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], Batch] | None] = queue.SimpleQueue()
+        self._results: list[np.ndarray] = []
+        self._failure: Exception | None = None
+        self._stopped = False
+        self._thread = threading.Thread(
+            target=self._work, args=(run,), name=f"reward-{run.reward.name}", daemon=True
+        )
+        self._thread.start()
+
+    def _work(self, run: RewardRun) -> None:
+        while (task := self._tasks.get()) is not None and not self._stopped:
+            try:
+                self._results.append(run(task()))
+            except Exception as error:
+                self._failure = error
+                return
+
+    def submit(self, task: Callable[[], Batch]) -> None:
+        self._tasks.put(task)
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._tasks.put(None)
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def results(self) -> list[np.ndarray]:
+        self._tasks.put(None)
+        self._thread.join()
+        self.raise_failure()
+        return self._results
+
+
+def _concatenate(parts: Sequence[Any]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts)
+    import jax.numpy as jnp
+
+    return jnp.concatenate(parts)
+
+
+def quantize(images: Any) -> Any:
+    """Check images and bring them to uint8, where they are: NumPy stays NumPy, JAX stays JAX.
+
+    Raises:
+        ValueError: another shape or type, or not finite.
+    """
+    if getattr(images, "ndim", None) != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"images have shape {getattr(images, 'shape', None)}, expected [B, H, W, 3]"
+        )
+    if images.dtype == np.uint8:
+        return images
+    if isinstance(images, np.ndarray):
+        return to_uint8(images)
+    import jax.numpy as jnp
+
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images have dtype {images.dtype}, expected uint8 or floating in [0, 1]")
+    images = images.astype(jnp.float32)
+    finite = np.asarray(jnp.isfinite(images).all(axis=(1, 2, 3)))
+    if not finite.all():
+        raise ValueError(
+            f"image {int(np.argmin(finite))} holds NaN or infinity: has the model diverged?"
+        )
+    return jnp.round(jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)
