@@ -5,8 +5,8 @@
 
 The compressibility and incompressibility tasks of Black et al., "Training Diffusion Models with
 Reinforcement Learning" (DDPO, 2023), section 5.1: JPEG at quality 95, 1 kB = 1000 bytes. The prompt
-plays no part. Range at 64 x 64: -0.7 (one flat color) to -5.5 (white noise); at 512 x 512: -4.7 to
--308.
+plays no part. Range: -0.7 (one flat color) to -5.5 (white noise) at 64 x 64, -4.7 to -308 at
+512 x 512. No weights.
 """
 
 from __future__ import annotations
