@@ -6,11 +6,14 @@ from typing import Literal
 
 from diffusion_grpo.sampling import FILE as SAMPLING_FILE
 
-Layout = Literal["diffusers", "transformers"]
+Layout = Literal["diffusers", "transformers", "processor"]
 
 
 def hub_patterns(layout: Layout) -> list[str]:
     """Return what is downloaded of a hub repository, as `fnmatch` patterns (`*` crosses a `/`).
+
+    `diffusers` is a pipeline with a folder for each component, `transformers` one model,
+    `processor` what goes with a model without its weights.
 
     Weights are named in full, so that other variants (`.fp16.`, `.non_ema.`), components that are
     not used and single-file checkpoints stay behind.
@@ -30,8 +33,11 @@ def hub_patterns(layout: Layout) -> list[str]:
         "special_tokens_map.json",
         "added_tokens.json",
         "vocab.json",
+        "vocab.txt",
         "merges.txt",
     ]
+    if layout == "processor":
+        return [*configs, *tokenizer]
     if layout == "transformers":
         return [*configs, *tokenizer, *weights("model")]
     return [

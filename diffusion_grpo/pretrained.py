@@ -96,8 +96,9 @@ def local_directory(
     Args:
         name_or_path: what to resolve.
         revision: hub revision.
-        layout: what a hub repository is read as, a pipeline with a folder for each component or
-            one model; only the files that are read are downloaded.
+        layout: what a hub repository is read as: a pipeline with a folder for each component, one
+            model, or what goes with a model without its weights. Only the files that are read are
+            downloaded.
 
     Raises:
         UsageError: there is no such directory and the hub has no such id or cannot be reached.
@@ -163,22 +164,33 @@ def load_tokenizer(directory: Path) -> Any:
     return CLIPTokenizer.from_pretrained(directory)
 
 
-def load_clip(name_or_path: str | Path, **kw: Any) -> tuple[CLIPModel, Any, dict[str, Any]]:
+def load_clip(
+    name_or_path: str | Path,
+    *,
+    processor: str | Path | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    **kw: Any,
+) -> tuple[CLIPModel, Any, dict[str, Any]]:
     """Load a CLIP model with both towers.
 
     Args:
         name_or_path: a directory in the Transformers layout, the name of a shipped model, or a hub
             id.
+        processor: where its tokenizer and its image processor's configuration are, if elsewhere.
+        tensors: weights to use instead of the directory's, by their names in Transformers.
         **kw: `dtype`, `param_dtype`.
 
     Returns:
         The model, its tokenizer, and its image processor's configuration.
     """
-    directory = local_directory(name_or_path, layout="transformers")
+    layout: Layout = "transformers" if tensors is None else "processor"
+    directory = local_directory(name_or_path, layout=layout)
     config = _clip_config("CLIPConfig", directory)
-    model = load_tensors(
-        CLIPModel, config, read_safetensors(directory), source=str(directory), **kw
-    )
+    if tensors is None:
+        tensors = read_safetensors(directory)
+    model = load_tensors(CLIPModel, config, tensors, source=str(directory), **kw)
+    if processor is not None:
+        directory = local_directory(processor, layout="processor")
     return model, load_tokenizer(directory), _json(directory / "preprocessor_config.json")
 
 

@@ -187,15 +187,53 @@ def clip_preprocess(
     _, height, width, _ = images.shape
     rows, columns = axis_lengths(height, width, config)
     crop = config.crop_size if config.do_center_crop else (None, None)
+    to_rows = axis_matrix(height, rows, crop[0], config.resample)
+    to_columns = axis_matrix(width, columns, crop[1], config.resample)
+    resized = (rows != height, columns != width)
+    return _resample_and_normalize(images, to_rows, to_columns, resized, config)
+
+
+def clip_letterbox(
+    images: Float[Array, "B H W 3"], config: ImageProcessorConfig
+) -> Float[Array, "B h w 3"]:
+    """Resize the longest edge to fit, pad with black to a square, and normalize.
+
+    What OpenCLIP calls `resize_longest_max`; for square images the same as `clip_preprocess`.
+
+    Args:
+        images: in [0, 1], multiples of 1/255 for agreement with 8-bit images.
+        config: what to do; the square is `crop_size`. Static under `jax.jit`.
+
+    Returns:
+        The vision tower's pixel values, float32, with the spatial size of `config.crop_size`.
+    """
+    matrices, resized = [], []
+    _, *lengths, _ = images.shape
+    for length, edge in zip(lengths, config.crop_size, strict=True):
+        fitted = round(length * (edge / max(lengths)))
+        matrix = axis_matrix(length, fitted, None, config.resample)
+        before = (edge - fitted) // 2
+        matrices.append(np.pad(matrix, ((before, edge - fitted - before), (0, 0))))
+        resized.append(fitted != length)
+    rows, columns = resized
+    return _resample_and_normalize(images, matrices[0], matrices[1], (rows, columns), config)
+
+
+def _resample_and_normalize(
+    images: Float[Array, "B H W 3"],
+    to_rows: Float[np.ndarray, "h H"],
+    to_columns: Float[np.ndarray, "w W"],
+    resized: tuple[bool, bool],
+    config: ImageProcessorConfig,
+) -> Float[Array, "B h w 3"]:
+    """Apply an axis's matrix each, rounding where it was resized, then the config's arithmetic."""
     pixels = images.astype(jnp.float32) * 255.0
     # Columns first, as Pillow does: the order matters because of the rounding in between.
-    to_columns = axis_matrix(width, columns, crop[1], config.resample)
     pixels = jnp.einsum("bhwc,xw->bhxc", pixels, to_columns, precision=jax.lax.Precision.HIGHEST)
-    if columns != width:
+    if resized[1]:
         pixels = _to_whole_pixels(pixels)
-    to_rows = axis_matrix(height, rows, crop[0], config.resample)
     pixels = jnp.einsum("bhwc,yh->bywc", pixels, to_rows, precision=jax.lax.Precision.HIGHEST)
-    if rows != height:
+    if resized[0]:
         pixels = _to_whole_pixels(pixels)
     if config.do_rescale:
         pixels = pixels * config.rescale_factor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +12,15 @@ import optax
 import pytest
 import torch
 import transformers
+from clip_checkpoints import (
+    EOS,
+    TOKENS,
+    clip_config,
+    randomized,
+    text_config,
+    vision_config,
+    write_clip,
+)
 from flax import nnx
 from torch_weights import copy_torch_weights, max_relative_error, torch_name
 from transformers.activations import ACT2FN
@@ -22,59 +30,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models import clip, clip_layers
 
 LAYER, WHOLE = 1e-5, 1e-4  # largest relative error in float32
-EOS, VOCAB, TOKENS = 98, 99, 24
 KINDS = dict(dtype=jnp.float32, param_dtype=jnp.float32)
-
-
-def text_config(**changes):
-    values: dict[str, Any] = dict(
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCAB,
-        max_position_embeddings=TOKENS,
-        bos_token_id=97,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
-    return transformers.CLIPTextConfig(**(values | changes))
-
-
-def vision_config(**changes):
-    values: dict[str, Any] = dict(
-        hidden_size=48,
-        intermediate_size=72,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        image_size=32,
-        patch_size=8,
-    )
-    return transformers.CLIPVisionConfig(**(values | changes))
-
-
-def clip_config(layers: int = 2):
-    return transformers.CLIPConfig(
-        text_config=text_config(num_hidden_layers=layers).to_dict(),
-        vision_config=vision_config(num_hidden_layers=layers).to_dict(),
-        projection_dim=20,
-    )
-
-
-def randomized(module: Any, seed: int = 0) -> Any:
-    """Give every parameter, biases and norms too, values that matter in the result."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("logit_scale"):
-                parameter.fill_(2.0)
-            elif parameter.ndim == 1:
-                parameter.add_(0.2 * noise)
-            else:
-                fan_in = parameter[0].numel() if "embedding" not in name else 4
-                parameter.copy_(noise * fan_in**-0.5)
-    return module.eval()
 
 
 def token_ids(batch: int = 3) -> np.ndarray:
@@ -351,20 +307,7 @@ def test_inputs_of_the_wrong_size_are_named():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A CLIP checkpoint that Transformers wrote: random weights, a tokenizer of single letters."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(ord("a") + i) for i in range(26)]
-    tokens = [*letters, *(letter + "</w>" for letter in letters)]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    vocab |= {"<|startoftext|>": 97, "<|endoftext|>": EOS}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS
-    )
-    tokenizer.save_pretrained(folder)
-    randomized(transformers.CLIPModel(clip_config())).save_pretrained(folder)
-    transformers.CLIPImageProcessorPil(size=32, crop_size=32).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def their_logits(folder, images, prompts):
