@@ -1,0 +1,170 @@
+"""A vision-language model as the judge, by any OpenAI-compatible chat endpoint that takes images.
+
+    r = (s − lowest) / (highest − lowest),     s the number after the last "Score:" of the reply
+
+The model gets a template with the prompt filled in, and the image as a PNG. Range: 0 to 1. Which
+model, and what it was trained on, is the endpoint's matter; a served open model (vLLM, llama.cpp,
+Ollama, …) and a hosted one work alike. The key is taken from the environment and never written
+anywhere. Judging by a prompted language model: Zheng et al., "Judging LLM-as-a-Judge" (2023).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.http_json import RequestFailed, attempt, request
+from diffusion_grpo.reward import reward_factory
+from diffusion_grpo.reward_protocol import encode_png
+
+TEMPLATE = (
+    'This image was made for the prompt: "{prompt}"\n'
+    "Judge how well it shows what the prompt asks for: every object, with its number, color, place "
+    "and style, and nothing wrong or broken. Say in one sentence what is right and what is not. "
+    "Then end with a line 'Score: N', N a number from {lowest} (not at all) to {highest} "
+    "(perfectly)."
+)
+_SCORE = re.compile(r"score[^\w-]{0,6}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*")
+
+
+@reward_factory
+def vlm(
+    model: str,
+    base_url: str = "http://127.0.0.1:8000/v1",
+    template: str = TEMPLATE,
+    lowest: float = 0.0,
+    highest: float = 10.0,
+    key_variable: str = "OPENAI_API_KEY",
+    max_tokens: int = 300,
+    extra: str = '{"temperature": 0}',
+    concurrency: int = 4,
+    timeout: float = 60.0,
+    retries: int = 4,
+) -> Callable[..., np.ndarray]:
+    """Build the reward.
+
+    Args:
+        model: the model's name at the endpoint.
+        base_url: the endpoint, without /chat/completions.
+        template: what is asked, with {prompt}, {lowest} and {highest}; or @FILE to read it from.
+        lowest: the score that becomes 0.
+        highest: the score that becomes 1.
+        key_variable: the environment variable with the key, if the endpoint wants one.
+        max_tokens: the longest reply.
+        extra: a JSON object of further fields of the request.
+        concurrency: requests at once.
+        timeout: seconds for one request.
+        retries: attempts after a first one that failed for a passing reason.
+
+    Returns:
+        A reward of host images.
+
+    Raises:
+        UsageError: a bad option.
+    """
+    fields = _checked(template, lowest, highest, extra, concurrency, timeout, retries)
+    asked = fields["template"]
+    url = f"{base_url.rstrip('/')}/chat/completions"
+    key = os.environ.get(key_variable, "")
+
+    def judge(image: np.ndarray, prompt: str) -> float:
+        question = _fill(asked, prompt=prompt, lowest=f"{lowest:g}", highest=f"{highest:g}")
+        picture = {"url": f"data:image/png;base64,{encode_png(image)}"}
+        content = [
+            {"type": "text", "text": question},
+            {"type": "image_url", "image_url": picture},
+        ]
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": max_tokens,
+            **fields["extra"],
+        }
+
+        def ask(server: str) -> float:
+            answer = request(server, json.dumps(body).encode(), token=key, timeout=timeout)
+            return (read_score(answer, lowest, highest) - lowest) / (highest - lowest)
+
+        return attempt([url], ask, retries=retries)
+
+    def reward(
+        images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> np.ndarray:
+        """Score uint8 images [B, H, W, 3]; returns float32 [B] in [0, 1]."""
+        with ThreadPoolExecutor(concurrency, "vlm") as pool:
+            return np.asarray(list(pool.map(judge, images, prompts)), np.float32)
+
+    return reward
+
+
+def _checked(
+    template: str,
+    lowest: float,
+    highest: float,
+    extra: str,
+    concurrency: int,
+    timeout: float,
+    retries: int,
+) -> dict[str, Any]:
+    """Return the template's text and the further fields, or raise a `UsageError`."""
+    if template.startswith("@"):
+        try:
+            with open(template[1:], encoding="utf-8") as file:
+                template = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"vlm.template = {template!r} cannot be read: {error}") from None
+    if "{prompt}" not in template:
+        raise UsageError("vlm.template has no {prompt}; expected it where the prompt goes")
+    if not lowest < highest:
+        raise UsageError(f"vlm.lowest = {lowest} is not below vlm.highest = {highest}")
+    try:
+        fields = json.loads(extra)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise UsageError(f"vlm.extra = {extra!r}; expected a JSON object")
+    for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
+        if value < least:
+            raise UsageError(f"vlm.{name} = {value}; expected {least} or more")
+    if not timeout > 0:
+        raise UsageError(f"vlm.timeout = {timeout}; expected more than 0 seconds")
+    return {"template": template, "extra": fields}
+
+
+def _fill(template: str, **values: str) -> str:
+    """Fill names in braces in; other braces stay, those of the prompt too."""
+    return re.sub(r"\{(prompt|lowest|highest)\}", lambda match: values[match[1]], template)
+
+
+def read_score(answer: bytes, lowest: float, highest: float) -> float:
+    """Read the score out of a chat completion.
+
+    Returns:
+        The number after the last "score", or the whole reply if it is a number.
+
+    Raises:
+        RequestFailed: no chat completion, no number, or one out of range; asking again may help.
+    """
+    try:
+        reply = json.loads(answer)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        shown = answer[:200].decode("utf-8", "replace")
+        raise RequestFailed(f"no chat completion: {shown!r}", temporary=True) from None
+    reply = reply if isinstance(reply, str) else ""
+    found = _SCORE.findall(reply) or _NUMBER.fullmatch(reply)
+    if not found:
+        raise RequestFailed(f"the reply has no 'Score: N': {reply[-200:]!r}", temporary=True)
+    score = float(found[-1] if isinstance(found, list) else found[1])
+    if not lowest <= score <= highest:
+        raise RequestFailed(
+            f"the reply's score {score:g} is not from {lowest:g} to {highest:g}", temporary=True
+        )
+    return score
