@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from diffusion_grpo import __version__
 from diffusion_grpo.errors import RewardError, UsageError, suggest
+
+_T = TypeVar("_T")
 
 USAGE = """usage: diffusion-grpo COMMAND [options]
 
@@ -25,6 +27,9 @@ RL fine-tuning of text-to-image diffusion models in JAX.
                      fine-tune a checkpoint against rewards; --help lists every field
   train --resume RUN go on with a run that was interrupted
   sample             draw images from a checkpoint into a grid
+  score              score images that are there already
+  check-reward       find out whether a reward keeps the contract
+  serve-reward       compute a reward for runs elsewhere
   list rewards | prompts | presets | checkpoints
                      what comes with the project
 
@@ -66,7 +71,14 @@ class SampleOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "sample": _sample, "list": _list}
+    commands = {
+        "train": _train,
+        "sample": _sample,
+        "list": _list,
+        "score": _score,
+        "check-reward": _check_reward,
+        "serve-reward": _serve_reward,
+    }
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(USAGE)
@@ -205,7 +217,31 @@ def _list(words: list[str]) -> int:
     return 0
 
 
-def _parse(kind: type, words: list[str], prog: str) -> SampleOptions:
+def _score(words: list[str]) -> int:
+    from diffusion_grpo.reward_commands import ScoreOptions, score
+
+    options = _parse(ScoreOptions, words, "diffusion-grpo score")
+    _prepare_jax()
+    return score(options)
+
+
+def _check_reward(words: list[str]) -> int:
+    from diffusion_grpo.reward_commands import CheckOptions, check
+
+    options = _parse(CheckOptions, words, "diffusion-grpo check-reward")
+    _prepare_jax()
+    return check(options)
+
+
+def _serve_reward(words: list[str]) -> int:
+    from diffusion_grpo.reward_commands import ServeOptions, serve
+
+    options = _parse(ServeOptions, words, "diffusion-grpo serve-reward")
+    _prepare_jax()
+    return serve(options)
+
+
+def _parse(kind: type[_T], words: list[str], prog: str) -> _T:
     """Parse options with tyro; what it refuses is a `UsageError`."""
     import contextlib
     import io

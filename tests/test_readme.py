@@ -7,6 +7,8 @@ with flags appended that make the run small (the last flag of a name counts).
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -42,8 +44,13 @@ SAMPLE = (
     'sample --model runs/demo/final --prompt "a red circle" --num-images 8 --seed 0 '
     "--output grid.png"
 )
+CHECK, SERVE = "check-reward contrast.py", "serve-reward contrast.py --port 8000"
+SCORE = (
+    "score --reward contrast.py sharpness=10 --images pictures --prompts my_prompts.txt "
+    "--output scores.csv"
+)
 # Run as they are, or in parts: `make demo` by its recipe, `pip install` by the extra's name.
-OTHERS = {SAMPLE, "list rewards"}
+OTHERS = {SAMPLE, "list rewards", CHECK, SCORE, SERVE}
 
 
 def commands():
@@ -93,6 +100,25 @@ def test_sampling_line_runs(folder, capsys):
     assert Image.open(folder / "grid.png").text["prompt"] == "a red circle"
 
 
+def test_reward_is_checked_and_scores_a_folder(folder):
+    (folder / "pictures").mkdir()
+    for name, color in (("a.png", "red"), ("b.png", "gray")):
+        Image.new("RGB", (16, 16), color).save(folder / "pictures" / name)
+    assert main(shlex.split(CHECK)) == 0
+    assert main(shlex.split(SCORE)) == 0
+    head, *rows = (folder / "scores.csv").read_text().splitlines()
+    assert head == "image,prompt,contrast,sharpness,total" and len(rows) == 2
+
+
+def test_reward_is_served(folder):
+    words = [*shlex.split(SERVE), "--port", "0"]
+    command = [sys.executable, "-m", "diffusion_grpo", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert "serving reward contrast at http://127.0.0.1:" in server.stdout.readline()
+        server.terminate()
+
+
 def test_rewards_are_listed(capsys):
     assert main(["list", "rewards"]) == 0
     assert {"clip", "jpeg_size"} <= set(capsys.readouterr().out.split())
@@ -112,4 +138,4 @@ def test_make_targets_of_the_documents_exist_and_train_the_demo(tmp_path):
 def test_extras_of_the_readme_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = set(re.findall(r"'\.\[(\w+)\]'", README))
-    assert extras == {"cuda", "tpu"} and extras <= set(project["optional-dependencies"])
+    assert extras == {"cuda", "tpu", "serve"} and extras <= set(project["optional-dependencies"])
