@@ -200,9 +200,9 @@ def _list(words: list[str]) -> int:
 
         rows = list_rewards()
     elif words[0] == "prompts":
-        from diffusion_grpo.prompts import list_prompts, load_prompts
+        from diffusion_grpo.prompts import describe_prompts, list_prompts
 
-        rows = {name: f"{len(load_prompts(name))} prompts" for name in list_prompts()}
+        rows = {name: describe_prompts(name) for name in list_prompts()}
     elif words[0] == "presets":
         from diffusion_grpo.config import PRESETS, describe_preset
 

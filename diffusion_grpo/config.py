@@ -105,6 +105,11 @@ class Config:
         """
         # Together, so that an option of no reward and a reward in both lists are found.
         self.reward_settings()
+        if self.prompts.heldout is not None and self.prompts.heldout_share:
+            raise UsageError(
+                f"prompts.heldout_share is {self.prompts.heldout_share}, but prompts.heldout is "
+                f"{self.prompts.heldout!r}; expected one of the two: set prompts.heldout to None"
+            )
         _check_microbatch("rollout.microbatch", self.rollout.microbatch, self.rollout)
         _check_microbatch("grpo.microbatch", self.grpo.microbatch, self.rollout)
         steps, gradient_steps = self.rollout.num_steps, self.grpo.gradient_steps

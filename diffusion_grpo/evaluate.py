@@ -69,6 +69,8 @@ def standard_error(values: np.ndarray) -> float:
 
 def describe_list(prompts: PromptsConfig, count: int) -> str:
     """Return what an evaluation draws: how many images, and of which prompts."""
+    if prompts.heldout is None and prompts.heldout_share:
+        return f"{count} images of prompts held out of {prompts.train!r}"
     if prompts.heldout is None:
         return f"{count} images of the training prompts {prompts.train!r}"
     return f"{count} images of the held-out prompts {prompts.heldout!r}"

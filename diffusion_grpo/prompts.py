@@ -1,72 +1,111 @@
-"""Prompt lists, and which prompts an iteration trains on."""
+"""Prompt lists, how one is split, and which prompts an iteration trains on."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from diffusion_grpo.errors import UsageError, suggest
-from diffusion_grpo.resources import resource_path
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.prompt_files import describe_prompts, list_prompts, load_prompts
+from diffusion_grpo.prompt_types import ChosenPrompts, LazyPrompts, Prompt, weight_shares
 
-_SUFFIXES = (".jsonl", ".txt")  # in the order of preference
+__all__ = [
+    "ChosenPrompts",
+    "LazyPrompts",
+    "Prompt",
+    "describe_prompts",
+    "is_held_out",
+    "list_prompts",
+    "load_heldout",
+    "load_prompts",
+    "prompt_batch",
+    "shuffled_place",
+    "split_prompts",
+]
+
+_SHUFFLED_WHOLE = 1_000_000  # a longer list is shuffled without a table of its places
+_MAX_SPLIT = 2_000_000  # prompts that are hashed one by one to hold some out
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and what a reward may want to know about it."""
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a prompt belongs to the held-out share, by its text alone.
 
-    text: str
-    """What the model is asked for."""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """Every other key of its JSON line, handed to the rewards as it is."""
-
-
-def load_prompts(name_or_file: str | Path) -> list[Prompt]:
-    """Load a prompt list.
-
-    A `.txt` file has one prompt a line; blank lines and lines that begin with `#` are left out. A
-    `.jsonl` file has one object a line, with the text under `"prompt"` and any metadata beside it.
+    The first 8 bytes of SHA-256 of the UTF-8 text, read as a number in [0, 1), are below `share`:
+    so a prompt stays on its side when the list grows, is reordered, or is used by another run.
 
     Args:
-        name_or_file: an existing file; or the name of a list under `prompts/`, without its suffix.
+        text: the prompt.
+        share: 0 to 1.
+    """
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], share: float
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Split a list into what is trained on and what is held out, by `is_held_out`.
+
+    Args:
+        prompts: the whole list.
+        share: of the prompts to hold out, between 0 and 1.
 
     Returns:
-        The prompts in the order of the file; never empty.
+        (training prompts, held-out prompts), in the order of the list.
 
     Raises:
-        UsageError: no such list or file; a file with no prompt in it; a line that is no valid JSON
-            object with a text under `"prompt"` (its number is named).
+        UsageError: the share is out of range, one side would be empty, or the list is too long to
+            be hashed.
     """
-    path = _find(str(name_or_file))
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompt file {path}: cannot be read as UTF-8 text: {error}") from error
-    if path.suffix == ".jsonl":
-        prompts = [
-            _from_json(line, where=f"prompt file {path}, line {number}")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
-    else:
-        texts = (line.strip() for line in lines)
-        prompts = [Prompt(text) for text in texts if text and not text.startswith("#")]
-    if not prompts:
-        raise UsageError(f"prompt file {path}: no prompt in it; expected one a line")
-    return prompts
+    if not 0 < share < 1:
+        raise UsageError(f"the held-out share is {share}; expected a number between 0 and 1")
+    if len(prompts) > _MAX_SPLIT:
+        raise UsageError(
+            f"a list of {len(prompts)} prompts is too long to be split by a hash of each (at most "
+            f"{_MAX_SPLIT}): give a held-out list of its own"
+        )
+    held = np.array([is_held_out(prompt.text, share) for prompt in prompts], bool)
+    if held.all() or not held.any():
+        side = "the training" if held.all() else "the held-out"
+        raise UsageError(
+            f"a held-out share of {share} leaves {side} side of {len(prompts)} prompts empty: "
+            "change the share, or give a held-out list of its own"
+        )
+    if isinstance(prompts, LazyPrompts):
+        train, heldout = (ChosenPrompts(prompts, np.flatnonzero(side)) for side in (~held, held))
+        return train, heldout
+    return _where(prompts, ~held), _where(prompts, held)
 
 
-def list_prompts() -> list[str]:
-    """Return the names of the prompt lists under `prompts/`, sorted."""
-    folder = resource_path("prompts")
-    if not folder.is_dir():
-        return []
-    return sorted({path.stem for path in folder.iterdir() if path.suffix in _SUFFIXES})
+def load_heldout(
+    train: str, heldout: str | None, share: float
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Load what a run trains on and what it holds out.
+
+    Args:
+        train: the training list, as `load_prompts` takes it.
+        heldout: a list of its own for evaluation, or None.
+        share: without one, the share of the training list that is held out; 0 holds nothing out,
+            and the evaluation is on the training list.
+
+    Returns:
+        (training prompts, held-out prompts).
+
+    Raises:
+        UsageError: as `load_prompts` and `split_prompts`.
+    """
+    prompts = load_prompts(train)
+    if heldout is not None:
+        return prompts, load_prompts(heldout)
+    return split_prompts(prompts, share) if share else (prompts, prompts)
+
+
+def _where(prompts: Sequence[Prompt], mask: Iterable[Any]) -> list[Prompt]:
+    return [prompt for prompt, chosen in zip(prompts, mask, strict=True) if chosen]
 
 
 def prompt_batch(
@@ -74,10 +113,11 @@ def prompt_batch(
 ) -> list[tuple[int, Prompt]]:
     """Return the prompts of one iteration, as a function of (seed, iteration) alone.
 
-    The list is shuffled anew for every epoch, and the iterations take `num_prompts` each from the
-    endless sequence of epochs: every prompt is visited once before any is visited again. A batch
-    that spans two epochs, or is longer than the list, can hold the same prompt more than once;
-    each is a group of its own.
+    Where all prompts weigh the same, the list is shuffled anew for every epoch, and the iterations
+    take `num_prompts` each from the endless sequence of epochs: every prompt is visited once before
+    any is visited again. Otherwise prompts are drawn in proportion to their weights, independently
+    of each other. A batch that spans two epochs, is longer than the list, or is drawn by weight can
+    hold the same prompt more than once; each is a group of its own.
 
     Args:
         prompts: the whole list, N prompts.
@@ -95,7 +135,17 @@ def prompt_batch(
         raise UsageError("the list of prompts is empty; expected at least one prompt")
     if num_prompts < 1:
         raise UsageError(f"num_prompts is {num_prompts}; expected 1 or more")
+    drawn = _draw_by_weight(prompts, np.random.default_rng([seed, iteration]), num_prompts)
+    if drawn is not None:
+        return [(index, prompts[index]) for index in drawn]
     start = iteration * num_prompts
+    if len(prompts) > _SHUFFLED_WHOLE:
+        places = range(start, start + num_prompts)
+        chosen = [
+            shuffled_place(place % len(prompts), len(prompts), (seed, place // len(prompts)))
+            for place in places
+        ]
+        return [(index, prompts[index]) for index in chosen]
     first_epoch = start // len(prompts)
     last_epoch = (start + num_prompts - 1) // len(prompts)
     order = np.concatenate(
@@ -105,42 +155,40 @@ def prompt_batch(
         ]
     )
     offset = start - first_epoch * len(prompts)
-    return [(int(index), prompts[index]) for index in order[offset : offset + num_prompts]]
+    return [(int(index), prompts[index]) for index in order[offset : offset + num_prompts].tolist()]
 
 
-def _find(name_or_file: str) -> Path:
-    """Return the file of a prompt list, or raise a `UsageError` that proposes another."""
-    if not name_or_file.strip():
-        raise UsageError("the name of the prompt list is empty; expected a name or a file")
-    path = Path(name_or_file).expanduser()
-    if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise UsageError(
-                f"prompt file {name_or_file!r} ends in {path.suffix!r}; expected '.txt' (a prompt "
-                "a line) or '.jsonl' (a JSON object a line)"
-            )
-        return path
-    if path.name == name_or_file:
-        for suffix in _SUFFIXES:
-            named = resource_path("prompts", name_or_file + suffix)
-            if named.is_file():
-                return named
-    names = list_prompts()
-    raise UsageError(
-        f"prompts {name_or_file!r}: no such list or file{suggest(name_or_file, names)}; expected a "
-        f".txt or .jsonl file, or one of the lists {', '.join(names) or '(none found)'}"
+def _draw_by_weight(
+    prompts: Sequence[Prompt], rng: np.random.Generator, count: int
+) -> list[int] | None:
+    """Draw indices in proportion to the weights; None where all weights are the same."""
+    if isinstance(prompts, LazyPrompts):
+        return prompts.draw(rng, count) if prompts.weighted else None
+    shares = weight_shares(prompts)
+    return (
+        None if np.all(shares == shares[0]) else rng.choice(len(shares), count, p=shares).tolist()
     )
 
 
-def _from_json(line: str, *, where: str) -> Prompt:
-    """Read one line of a `.jsonl` prompt file."""
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f'{where}: {line.strip()!r}; expected an object such as {{"prompt": "…"}}')
-    text = values.pop("prompt", None)
-    if not isinstance(text, str) or not text.strip():
-        raise UsageError(f'{where}: "prompt" is {text!r}; expected text')
-    return Prompt(text.strip(), values)
+def shuffled_place(index: int, count: int, key: tuple[int, ...]) -> int:
+    """Return where a shuffle of 0 … count − 1 puts `index`, without making the whole shuffle.
+
+    A Feistel network of four rounds is a permutation of the numbers of an even number of bits
+    (Luby & Rackoff 1988); a result past the last is sent through it again until it is none.
+
+    Args:
+        index: 0 to count − 1.
+        count: N.
+        key: what the shuffle is a function of.
+    """
+    half = max(1, math.ceil((count - 1).bit_length() / 2))
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(4):
+            data = repr((key, number, right)).encode()
+            mixed = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+            left, right = right, left ^ (mixed & mask)
+        index = left << half | right
+        if index < count:
+            return index

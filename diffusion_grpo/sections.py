@@ -59,10 +59,12 @@ class PromptsConfig(Section):
     section_name: ClassVar[str] = "prompts"
 
     train: Annotated[str, tyro.conf.arg(aliases=["--prompts"])] = "shapes"
-    """Prompt list: a name under prompts/, or a .txt or .jsonl file."""
+    """Prompt list: a name, a .txt, .jsonl, .csv, .parquet or .yaml file, or a template."""
     heldout: str | None = "shapes_heldout"
-    """Prompt list for evaluation, never trained on; None evaluates on the training list, and so
-    does replacing the training list of a preset or file without giving this one."""
+    """Prompt list for evaluation, never trained on; None takes heldout_share of the training list,
+    and so does replacing the training list of a preset or file without giving this one."""
+    heldout_share: float = 0.0
+    """Share of the training list to hold out if heldout is None; 0 evaluates on what is trained."""
 
     def __post_init__(self) -> None:
         """Reject empty names."""
@@ -70,6 +72,7 @@ class PromptsConfig(Section):
         for name in ("train", "heldout"):
             value = getattr(self, name)
             self.require(value is None or bool(value.strip()), name, "a name or a file")
+        self.require(0 <= self.heldout_share < 1, "heldout_share", "a number from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ from diffusion_grpo.preparation import (
     make_rollout,
 )
 from diffusion_grpo.pretrained import check_layout, local_directory
-from diffusion_grpo.prompts import Prompt, load_prompts, prompt_batch
+from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch
 from diffusion_grpo.results import (
     describe,
     export,
@@ -88,8 +88,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
     """
     # What can be wrong is found first, cheapest first.
     config.validate()
-    prompts = load_prompts(config.prompts.train)
-    heldout = load_prompts(config.prompts.heldout) if config.prompts.heldout else prompts
+    sources = config.prompts
+    prompts, heldout = load_heldout(sources.train, sources.heldout, sources.heldout_share)
     gold_specs = config.gold_rewards()
     source = local_directory(config.model.pretrained)
     check_layout(source)
