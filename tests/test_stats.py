@@ -1,0 +1,81 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats as scipy_stats
+
+from diffusion_grpo.stats import bootstrap_mean, by_prompt, diversity, monitor, win_rate
+
+
+@pytest.mark.parametrize("count", [2, 7, 200])
+def test_bootstrap_interval_is_that_of_scipy_on_the_same_numbers(count):
+    values = np.random.default_rng(1).gamma(2.0, size=count)
+    ours = bootstrap_mean(values, seed=5, resamples=4000)
+    theirs = scipy_stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(5)
+    ).confidence_interval
+    assert ours.value == values.mean()
+    # the same draws: the two differ by rounding alone
+    np.testing.assert_allclose([ours.low, ours.high], [theirs.low, theirs.high], rtol=1e-12)
+
+
+def test_bootstrap_in_blocks_still_covers_the_mean():
+    values = np.random.default_rng(0).normal(3.0, 1.0, 30_000)  # 2 000 000 / 30 000 = 66 a block
+    interval = bootstrap_mean(values, resamples=500)
+    error = 1.96 / np.sqrt(30_000)
+    assert abs(interval.high - values.mean() - error) < 0.3 * error
+    assert abs(values.mean() - interval.low - error) < 0.3 * error
+
+
+def test_a_single_value_has_no_interval():
+    assert bootstrap_mean(np.array([2.0])).value == 2.0
+    assert np.isnan(bootstrap_mean(np.array([2.0])).low)
+
+
+@pytest.mark.parametrize(("wins", "count"), [(0, 10), (7, 10), (10, 10), (130, 200), (1, 1)])
+def test_win_rate_and_interval_are_those_of_scipy(wins, count):
+    first = np.r_[np.ones(wins), np.zeros(count - wins)]
+    second = np.full(count, 0.5)
+    ours = win_rate(first, second)
+    theirs = scipy_stats.binomtest(wins, count).proportion_ci(method="wilson")
+    assert ours.value == wins / count
+    np.testing.assert_allclose([ours.low, ours.high], [theirs.low, theirs.high], atol=1e-12)
+
+
+def test_a_tie_is_half_a_win():
+    assert win_rate(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 2.0, 3.0, 9.0])).value == 0.5
+
+
+def test_images_of_a_prompt_are_averaged_in_the_order_of_the_prompts():
+    values = by_prompt(np.array([1.0, 5.0, 3.0, 7.0]), [2, 0, 2, 0])
+    assert values.tolist() == [6.0, 2.0]
+
+
+def test_monitors_are_those_of_scipy_and_pillow():
+    from scipy import ndimage
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 24, 20, 3), dtype=np.uint8)
+    images[1] = 255
+    measured = monitor(images)
+    luma = images[0].astype(float) @ [0.299, 0.587, 0.114]
+    expected = ndimage.laplace(luma)[1:-1, 1:-1].std()
+    np.testing.assert_allclose(measured["sharpness"], [expected, 0], atol=1e-9)
+    hsv = np.asarray(Image.fromarray(images[0]).convert("HSV"))[..., 1]
+    np.testing.assert_allclose(measured["saturation"][0], hsv.mean() / 255, atol=3e-3)
+    assert measured["saturation"][1] == 0
+    buffer = io.BytesIO()
+    Image.fromarray(images[0]).save(buffer, "JPEG", quality=95)
+    assert measured["jpeg_kilobytes"][0] == len(buffer.getvalue()) / 1000
+
+
+def test_diversity_is_zero_for_copies_and_the_distance_of_two_flat_pictures():
+    flat = np.broadcast_to(
+        np.array([0, 51, 0, 0, 102], np.uint8).reshape(5, 1, 1, 1), (5, 64, 64, 3)
+    ).copy()
+    measured = diversity(flat, [0, 0, 1, 1, 2])
+    np.testing.assert_allclose(measured[:2], [0.2, 0.0])
+    assert np.isnan(measured[2])
+    # pairs of three flat pictures: 0.2, 0.4 and 0.2
+    np.testing.assert_allclose(diversity(flat[[0, 1, 4]], [0, 0, 0]), [0.8 / 3])
