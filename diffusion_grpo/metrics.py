@@ -19,11 +19,20 @@ held-out prompts.
 | `ratio/mean`, `ratio/min`, `ratio/max` | 1 | ρ = π_θ / π_old |
 | `clip_fraction` | share | ratios outside of [1 − ε_low, 1 + ε_high] |
 | `grad_norm` | 1 | global gradient norm before clipping |
+| `skipped` | updates | left out because their gradient was not finite |
 | `learning_rate` | 1 | of the last update |
 | `time/sample`, `time/update`, `time/iteration` | s | wall time |
 | `time/reward` | s | wall time of the rewards after the last image is drawn |
 | `time/reward/<name>` | s | wall time of one reward; on the host mostly while images are drawn |
 | `images_per_second` | 1/s | images of the iteration by its wall time |
+| `eval/reward/mean`, `eval/reward/standard_error` | reward | held-out total, and its error |
+| `eval/reward/<name>/mean` | its own | one reward, trained on or gold, on the held-out prompts |
+| `eval/diversity` | share | difference of a prompt's images, 0 to 1; `stats.diversity` |
+| `eval/sharpness` | level | spread of the Laplacian; blur lowers it, grids raise it |
+| `eval/saturation` | share | mean saturation of the colors |
+| `eval/jpeg_kilobytes` | kB | size as a JPEG of quality 95 |
+| `eval/kl` | nats* | KL to the reference along stochastic held-out trajectories |
+| `time/evaluate` | s | wall time of an evaluation |
 
 * by `log_prob_reduction`: a sum over the latent's elements, or their mean.
 
@@ -37,6 +46,7 @@ import json
 import math
 import numbers
 import os
+import re
 import statistics
 import sys
 import time
@@ -53,6 +63,23 @@ from diffusion_grpo.errors import UsageError
 METRICS_FILE = "metrics.jsonl"
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def metric_meanings() -> dict[str, str]:
+    """Return name → unit and meaning of every metric, from the table above.
+
+    A name may have a placeholder, `reward/<name>/mean`, and `eval/` stands before held-out ones.
+    """
+    meanings = {}
+    for line in (__doc__ or "").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 3 or not cells[0].startswith("`"):
+            continue
+        names = re.findall(r"`([^`]+)`", cells[0])
+        for name in names:  # `reward/<name>/mean`, `/std`: the last part alone stands for the rest
+            full = names[0].rpartition("/")[0] + name if name.startswith("/") else name
+            meanings[full] = f"{cells[2]} ({cells[1]})"
+    return meanings
 
 
 def to_number(name: str, value: Any) -> int | float:
@@ -216,6 +243,8 @@ class Progress:
         *,
         start: int = 0,
         interval: float = 10.0,
+        quiet: bool = False,
+        verbose: bool = False,
         stream: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -225,12 +254,15 @@ class Progress:
             total: iterations of the whole run.
             start: iterations done before, when it is resumed.
             interval: seconds between two lines where there is no terminal.
+            quiet: show nothing.
+            verbose: write a line every iteration, also on a terminal.
             stream: the text stream to write to; standard error by default.
             clock: seconds, monotonic.
         """
         self.total = total
         self.done = start
-        self._interval = interval
+        self._interval = 0.0 if verbose else interval
+        self._quiet, self._verbose = quiet, verbose
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._last_update = self._last_line = clock()
@@ -242,7 +274,7 @@ class Progress:
         """Show the bar, if the stream is a terminal."""
         self._last_update = self._clock()
         self._last_line = -math.inf
-        if self._stream.isatty():
+        if self._stream.isatty() and not self._quiet:
             from rich import progress as rich_progress
             from rich.console import Console
 
@@ -289,7 +321,9 @@ class Progress:
         summary = self.summary(metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, summary=summary)
-        elif now - self._last_line >= self._interval or done >= self.total:
+        if self._bar is not None and not self._verbose:
+            return
+        if now - self._last_line >= self._interval or done >= self.total:
             self._last_line = now
             self.message(f"iteration {done}/{self.total}  {summary}")
 
@@ -299,6 +333,8 @@ class Progress:
         Args:
             text: written as it is, without markup.
         """
+        if self._quiet:
+            return
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

@@ -168,3 +168,16 @@ def test_on_a_terminal_a_bar_shows_the_same_and_messages_go_above_it(monkeypatch
     shown = stream.getvalue()
     assert "iteration 4/4" in shown and "reward 0.2700  KL 1.20e-03  3.44 images/s" in shown
     assert "saved [checkpoint] 4\n" in shown
+
+
+def test_quiet_shows_nothing_and_verbose_every_iteration() -> None:
+    quiet, verbose = Terminal(), io.StringIO()
+    for stream, options in ((quiet, {"quiet": True}), (verbose, {"verbose": True})):
+        with Progress(5, stream=stream, clock=Clock(), **options) as progress:
+            for done in range(1, 6):
+                progress.update(done, METRICS)
+            progress.message("saved")
+    assert quiet.getvalue() == ""
+    assert [line.split()[1] for line in verbose.getvalue().splitlines()[:5]] == [
+        f"{done}/5" for done in range(1, 6)
+    ]

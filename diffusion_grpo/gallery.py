@@ -1,0 +1,181 @@
+"""The pictures of a run, kept for people: one contact sheet a rollout and one an evaluation.
+
+A sheet is a WebP of tiles without gaps, row by row, beside a line of JSON that says what they are.
+`report.py` and `compare` read them, so that neither needs the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from diffusion_grpo.errors import UsageError
+
+Kind = Literal["rollout", "evaluation"]
+
+FOLDER = "gallery"
+ROLLOUT_TILE, EVALUATION_TILE = 64, 256  # longest side of a tile, in pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The line of one sheet.
+
+    Attributes:
+        iteration: rollouts: that of the rollout, from 0; evaluations: how many iterations were done
+            before it, so that 0 is the untrained model.
+        sheet: the file's name in the gallery.
+        columns: tiles a row.
+        tile: width and height of a tile.
+        prompts: one text an image.
+        scores: reward name → one number an image; `total` is what training maximizes.
+        advantages: one an image, for rollouts.
+        group: images a prompt.
+        tasks: one an image, where the prompts' metadata have a task.
+        summary: what the evaluation came to, for evaluations.
+    """
+
+    iteration: int
+    sheet: str
+    columns: int
+    tile: tuple[int, int]
+    prompts: list[str]
+    scores: dict[str, list[float]]
+    advantages: list[float] | None = None
+    group: int = 1
+    tasks: list[str] | None = None
+    summary: dict[str, Any] | None = None
+
+
+class Gallery:
+    """Writes the sheets of a run, and reads them back."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """Name the folder; nothing is made before something is added."""
+        self.folder = Path(run_dir) / FOLDER
+
+    def add(
+        self,
+        kind: Kind,
+        iteration: int,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        scores: Mapping[str, np.ndarray],
+        **extra: Any,
+    ) -> None:
+        """Write a sheet and its line; one of the same iteration is replaced.
+
+        Args:
+            kind: of a rollout or of an evaluation.
+            iteration: as in `Entry`.
+            images: uint8 [B, H, W, 3].
+            prompts: B texts.
+            scores: name → [B].
+            **extra: other fields of `Entry`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        longest = ROLLOUT_TILE if kind == "rollout" else EVALUATION_TILE
+        sheet, columns, tile = contact_sheet(images, longest)
+        name = f"{kind}_{iteration:05d}.webp"
+        sheet.save(self.folder / name, "WEBP", quality=80, method=4)
+        if extra.get("advantages") is not None:
+            extra["advantages"] = _rounded(extra["advantages"])
+        rows = {key: _rounded(values) for key, values in scores.items()}
+        entry = Entry(iteration, name, columns, tile, list(prompts), rows, **extra)
+        entries = self.entries(kind)
+        if any(old.iteration >= iteration for old in entries):
+            self._write(kind, [*(old for old in entries if old.iteration < iteration), entry])
+        else:
+            with self._index(kind).open("a", encoding="utf-8") as file:
+                file.write(_line(entry))
+
+    def entries(self, kind: Kind) -> list[Entry]:
+        """Return the sheets' lines in order; a last line that was cut short is left out."""
+        path = self._index(kind)
+        if not path.is_file():
+            return []
+        entries = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:  # the process died while writing
+                break
+            entries.append(Entry(**values | {"tile": tuple(values["tile"])}))
+        return entries
+
+    def images(self, entry: Entry) -> np.ndarray:
+        """Return the tiles of a sheet, uint8 [B, h, w, 3].
+
+        Raises:
+            UsageError: the sheet is not there.
+        """
+        path = self.folder / entry.sheet
+        if not path.is_file():
+            raise UsageError(f"the run's gallery has no {entry.sheet}: it was deleted")
+        with Image.open(path) as sheet:
+            pixels = np.asarray(sheet.convert("RGB"))
+        width, height = entry.tile
+        return np.stack(
+            [
+                pixels[y : y + height, x : x + width]
+                for y, x in (
+                    (i // entry.columns * height, i % entry.columns * width)
+                    for i in range(len(entry.prompts))
+                )
+            ]
+        )
+
+    def truncate_after(self, done: int) -> None:
+        """Forget what came after `done` iterations, before a run goes on from its checkpoint."""
+        last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", done))
+        for kind, iteration in last:
+            entries = self.entries(kind)
+            kept = [entry for entry in entries if entry.iteration <= iteration]
+            if len(kept) < len(entries):
+                self._write(kind, kept)
+
+    def _index(self, kind: Kind) -> Path:
+        return self.folder / f"{kind}s.jsonl"
+
+    def _write(self, kind: Kind, entries: Sequence[Entry]) -> None:
+        scratch = self._index(kind).with_suffix(".tmp")
+        scratch.write_text("".join(map(_line, entries)), encoding="utf-8")
+        os.replace(scratch, self._index(kind))
+
+
+def contact_sheet(images: np.ndarray, longest: int) -> tuple[Image.Image, int, tuple[int, int]]:
+    """Lay images out without gaps, about as wide as high.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        longest: larger images are reduced to this longest side.
+
+    Returns:
+        The sheet, the tiles a row, and a tile's (width, height).
+    """
+    count, height, width, _ = images.shape
+    factor = min(1.0, longest / max(height, width))
+    tile = (max(1, round(width * factor)), max(1, round(height * factor)))
+    columns = int(np.ceil(np.sqrt(count)))
+    sheet = Image.new("RGB", (columns * tile[0], -(-count // columns) * tile[1]), "white")
+    for index, image in enumerate(images):
+        picture = Image.fromarray(image)
+        if picture.size != tile:
+            picture = picture.resize(tile, Image.Resampling.LANCZOS)
+        sheet.paste(picture, (index % columns * tile[0], index // columns * tile[1]))
+    return sheet, columns, tile
+
+
+def _rounded(values: Any) -> list[float]:
+    return [float(f"{float(value):.5g}") for value in np.asarray(values)]
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(dataclasses.asdict(entry), ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,266 @@
+"""A run, or several, as one HTML page that needs nothing else: `report.html`.
+
+The page is built from the run directory alone: `config.yaml`, `metrics.jsonl`, the gallery's sheets
+and `evaluation.json`. Charts are drawn by uPlot (MIT License), whose code stands in the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.gallery import Entry, Gallery
+from diffusion_grpo.metrics import METRICS_FILE, metric_meanings, read_metrics
+from diffusion_grpo.report_warnings import run_warnings
+from diffusion_grpo.reward_specs import short_name, split_weight
+
+REPORT_FILE = "report.html"
+EARLY_STOP_FILE = "early_stop.json"
+PICTURE_BYTES = 16_000_000  # of all sheets in a page; base64 makes a third more of it
+_MAX_POINTS = 3000  # of a curve
+_SMALLEST_TILE = 32
+_PAGE = Path(__file__).with_name("report_page")
+
+
+def write_report(run_dir: str | Path, *, path: str | Path | None = None) -> Path:
+    """Write a run's page beside its metrics, replacing an older one as a whole.
+
+    Args:
+        run_dir: a run.
+        path: another file to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: no run there, or the file cannot be written.
+    """
+    path = Path(run_dir) / REPORT_FILE if path is None else Path(path)
+    return save_page(path, report_page([run_dir]))
+
+
+def save_page(path: Path, page: str) -> Path:
+    """Write a page through a second file, so that a browser never reads half of it.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    scratch = path.with_name(f"{path.name}.tmp")
+    try:
+        scratch.write_text(page, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UsageError(f"report {str(path)!r} cannot be written: {error.strerror}") from None
+    return path
+
+
+def report_page(
+    run_dirs: Sequence[str | Path], *, live: float = 0, budget: int = PICTURE_BYTES
+) -> str:
+    """Return the page of one run, or of several to compare.
+
+    Args:
+        run_dirs: runs; their curves share the charts, and one at a time shows its pictures.
+        live: seconds between two looks for news at the server that serves the page; 0 for a page
+            that stands alone.
+        budget: bytes of all pictures in a page that stands alone.
+
+    Raises:
+        UsageError: no run given, or a directory that holds none.
+    """
+    data = report_data(run_dirs, live=live, budget=budget)
+    title = " · ".join(run["name"] for run in data["runs"])
+    parts = {
+        "TITLE": html.escape(title),
+        "CONNECT": "'self'" if live else "'none'",
+        # JSON has no other place for "<" than text, so this changes no value; and no text can end
+        # the script element.
+        "DATA": _plain_json(data).replace("<", "\\u003c"),
+        "UPLOT_CSS": _asset("uPlot.min.css"),
+        "UPLOT_JS": _asset("uPlot.iife.min.js"),
+        "CSS": _asset("page.css"),
+        "JS": _asset("page.js"),
+    }
+    pieces = _asset("page.html").split("@")  # text, name, text, name, …, text: filled in only once
+    return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
+
+
+def report_data(
+    run_dirs: Sequence[str | Path], *, live: float = 0, budget: int = PICTURE_BYTES
+) -> dict[str, Any]:
+    """Return what the page shows, for JSON; pictures are data URLs, or URLs of a live server.
+
+    Raises:
+        UsageError: no run given, or a directory that holds none.
+    """
+    if not run_dirs:
+        raise UsageError("no run given: name one or more run directories")
+    runs = [_read_run(Path(run_dir)) for run_dir in run_dirs]
+    names = _different_names([Path(run["directory"]) for run in runs])
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+        gallery = Gallery(run["directory"])
+        run["name"] = name
+        sheets = gallery.entries("evaluation"), gallery.entries("rollout")
+        if live:
+            run["evaluations"], run["rollouts"] = (
+                [
+                    _shown(entry, f"sheet/{number}/{entry.sheet}?{_stamp(gallery, entry)}")
+                    for entry in e
+                ]
+                for e in sheets
+            )
+        else:
+            _add_pictures(run, gallery, *sheets, budget // len(runs))
+    return {"runs": runs, "docs": metric_meanings(), "live": live}
+
+
+def _read_run(directory: Path) -> dict[str, Any]:
+    """Return what a run says but its pictures."""
+    config = directory / "config.yaml"
+    if not config.is_file() or not (directory / METRICS_FILE).is_file():
+        raise UsageError(
+            f"{str(directory)!r} holds no run: expected a run directory with config.yaml and "
+            f"{METRICS_FILE}"
+        )
+    text = config.read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    rows = read_metrics(directory)
+    rows = rows[:: max(1, math.ceil(len(rows) / _MAX_POINTS))]
+    gold = [short_name(split_weight(spec)[0]) for spec in values["eval"].get("gold") or ()]
+    stop = directory / EARLY_STOP_FILE
+    stopped = json.loads(stop.read_text(encoding="utf-8")) if stop.is_file() else None
+    done = rows[-1]["iteration"] + 1 if rows else 0
+    if (directory / "evaluation.json").is_file():
+        status = f"stopped early after {done} iterations" if stopped else "finished"
+    else:
+        status = f"{done} of {values['run']['iterations']} iterations so far"
+    return {
+        "directory": str(directory),
+        "status": status,
+        "iterations": values["run"]["iterations"],
+        "config": text,
+        "gold": gold,
+        "single": len(values["reward"]["rewards"]) == 1,
+        "warnings": ([stopped["reason"]] if stopped else []) + run_warnings(directory, rows, gold),
+        "metrics": _columns(rows),
+        "rollouts_left_out": 0,
+    }
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return name → one value a row; what is missing, NaN or infinite is None."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [_finite(row.get(name)) for row in rows] for name in ("iteration", *names)}
+
+
+def _finite(value: Any) -> Any:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _different_names(directories: Sequence[Path]) -> list[str]:
+    """Return the directories' names, with as many parents as tell them apart."""
+    paths = [directory.resolve().parts for directory in directories]
+    for length in range(1, max(map(len, paths))):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(directory) for directory in directories]
+
+
+def _shown(entry: Entry, source: str) -> dict[str, Any]:
+    fields = {
+        name: getattr(entry, name)
+        for name in ("iteration", "columns", "tile", "prompts", "scores", "advantages", "group")
+    }
+    summary = entry.summary or {}
+    measured = {f"eval/{name}": value for name, value in summary.get("metrics", {}).items()}
+    return fields | {
+        "source": source,
+        "tasks": entry.tasks,
+        "summary": summary,
+        "metrics": {name: _finite(value) for name, value in measured.items()},
+    }
+
+
+def _stamp(gallery: Gallery, entry: Entry) -> int:
+    path = gallery.folder / entry.sheet
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def _add_pictures(
+    run: dict[str, Any],
+    gallery: Gallery,
+    evaluations: list[Entry],
+    rollouts: list[Entry],
+    budget: int,
+) -> None:
+    """Put the sheets into the page as data URLs, within a number of bytes.
+
+    Evaluations have up to half of it and rollouts the rest. What does not fit is reduced in size,
+    down to 32 pixels a tile; what then still does not fit is left out at even intervals, the first
+    and the last staying.
+    """
+    shown = _fit(gallery, evaluations, budget // 2)
+    used = sum(len(data) for _, data in shown)
+    rest = _fit(gallery, rollouts, budget - used)
+    run["evaluations"] = [_shown(entry, _data_url(data)) for entry, data in shown]
+    run["rollouts"] = [_shown(entry, _data_url(data)) for entry, data in rest]
+    run["rollouts_left_out"] = len(rollouts) - len(rest)
+
+
+def _fit(gallery: Gallery, entries: list[Entry], budget: int) -> list[tuple[Entry, bytes]]:
+    files = [(e, gallery.folder / e.sheet) for e in entries if (gallery.folder / e.sheet).is_file()]
+    sheets = [(entry, path.read_bytes()) for entry, path in files]
+    for quality in (60, 40):
+        size = sum(len(data) for _, data in sheets)
+        if size <= budget:
+            return sheets
+        # Bytes go about with the area; 0.9 leaves room for what does not.
+        factor = min(1.0, 0.9 * math.sqrt(budget / size) * (1.25 if quality == 60 else 1.0))
+        sheets = [_reduced(entry, data, factor, quality) for entry, data in sheets]
+    size = sum(len(data) for _, data in sheets)
+    while size > budget and len(sheets) > 2:
+        keep = max(2, min(len(sheets) - 1, int(len(sheets) * budget / size)))
+        chosen = {round(i * (len(sheets) - 1) / (keep - 1)) for i in range(keep)}
+        sheets = [sheet for i, sheet in enumerate(sheets) if i in chosen]
+        size = sum(len(data) for _, data in sheets)
+    return sheets
+
+
+def _reduced(entry: Entry, data: bytes, factor: float, quality: int) -> tuple[Entry, bytes]:
+
+    longest = max(entry.tile)
+    factor = min(1.0, max(factor, _SMALLEST_TILE / longest))
+    tile = (max(1, round(entry.tile[0] * factor)), max(1, round(entry.tile[1] * factor)))
+    with Image.open(io.BytesIO(data)) as sheet:
+        across, down = sheet.width // entry.tile[0], sheet.height // entry.tile[1]
+        small = sheet.convert("RGB").resize(
+            (across * tile[0], down * tile[1]), Image.Resampling.BOX, reducing_gap=None
+        )
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=quality, method=4)
+    return dataclasses.replace(entry, tile=tile), buffer.getvalue()
+
+
+def _data_url(data: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
+
+
+def _asset(name: str) -> str:
+    return (_PAGE / name).read_text(encoding="utf-8")
+
+
+def _plain_json(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.gallery import Gallery, contact_sheet
+
+
+def flat(values, height=40, width=60):
+    return np.broadcast_to(
+        np.array(values, np.uint8).reshape(-1, 1, 1, 1), (len(values), height, width, 3)
+    ).copy()
+
+
+def test_tiles_come_back_in_order_and_reduced(tmp_path):
+    gallery = Gallery(tmp_path)
+    values = [10, 60, 110, 160, 210]
+    images = flat(values, 100, 150)
+    gallery.add("rollout", 3, images, list("abcde"), {"total": np.arange(5.0)}, group=5)
+    (entry,) = gallery.entries("rollout")
+    assert entry.iteration == 3 and entry.prompts == list("abcde") and entry.group == 5
+    assert entry.tile == (64, 43) and entry.columns == 3  # the longest side is 64 pixels
+    assert entry.scores == {"total": [0, 1, 2, 3, 4]}
+    tiles = gallery.images(entry)
+    assert tiles.shape == (5, 43, 64, 3)
+    assert np.abs(tiles[:, 10:30, 10:50].mean(axis=(1, 2, 3)) - values).max() < 3
+
+
+def test_small_images_are_not_enlarged():
+    sheet, columns, tile = contact_sheet(flat([1, 2]), 64)
+    assert (sheet.size, columns, tile) == ((120, 40), 2, (60, 40))
+
+
+def test_a_run_that_goes_back_replaces_what_came_after(tmp_path):
+    gallery = Gallery(tmp_path)
+    for done in (0, 2, 4):
+        gallery.add("evaluation", done, flat([done]), ["a"], {"total": np.ones(1)})
+        gallery.add("rollout", done, flat([done]), ["a"], {"total": np.ones(1)})
+    gallery.truncate_after(2)
+    assert [entry.iteration for entry in gallery.entries("evaluation")] == [0, 2]
+    assert [entry.iteration for entry in gallery.entries("rollout")] == [0]
+    gallery.add("evaluation", 2, flat([99]), ["b"], {"total": np.ones(1)})
+    assert [entry.prompts for entry in gallery.entries("evaluation")] == [["a"], ["b"]]
+
+
+def test_a_line_cut_short_is_left_out_and_a_missing_sheet_is_named(tmp_path):
+    gallery = Gallery(tmp_path)
+    gallery.add("rollout", 0, flat([5]), ["a"], {"total": np.ones(1)})
+    with (tmp_path / "gallery" / "rollouts.jsonl").open("a") as file:
+        file.write('{"iteration": 1, "she')
+    (entry,) = gallery.entries("rollout")
+    (tmp_path / "gallery" / entry.sheet).unlink()
+    with pytest.raises(UsageError, match="no rollout_00000.webp"):
+        gallery.images(entry)

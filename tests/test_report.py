@@ -1,0 +1,236 @@
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+from playwright.sync_api import sync_playwright
+from recorded_run import HOSTILE, record_run
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.metrics import MetricsLog, metric_meanings, read_metrics
+from diffusion_grpo.report import report_data, report_page, write_report
+from diffusion_grpo.report_warnings import run_warnings
+
+PATHS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return record_run(tmp_path_factory.mktemp("report") / "demo", iterations=6, evaluate_every=2)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = next((path for name in PATHS if (path := shutil.which(name))), None)
+    if chromium is None:
+        assert not os.environ.get("CI"), "CI has to have Chromium: install the package chromium"
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def opened(browser, run_dir, tmp_path):
+    """The page in a browser that has no network; anything on the console fails the test."""
+    complaints = []
+
+    def open_page(*run_dirs, **options):
+        path = tmp_path / "report.html"
+        path.write_text(report_page(run_dirs or [run_dir]))
+        page = browser.new_page(viewport={"width": 1200, "height": 900}, **options)
+        page.context.set_offline(True)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    assert complaints == []
+
+
+def test_page_stands_alone(run_dir):
+    path = write_report(run_dir)
+    page = path.read_text()
+    assert path == run_dir / "report.html"
+    without_data = re.sub(r'"data:image[^"]*"', "", page)
+    links = re.findall(r"(?:src|href)=[\"']?(?!#|data:)(\w[^\"'> ]*)", without_data)
+    assert set(links) <= {"x"}  # the prompt that tries to load a picture, as text of the data
+    assert "</script><img" not in page and "\\u003cscript>" in page
+
+
+def test_prompt_that_is_html_stays_text(opened):
+    page = opened()
+    assert HOSTILE in page.locator("#lapse-grid").inner_text()
+    assert HOSTILE in page.locator("#table").inner_text()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#lapse-grid script, #table script, figure img").count() == 0
+
+
+def test_time_lapse_slider_shows_another_evaluation(opened):
+    page = opened()
+    picture = page.locator("#lapse-grid .picture").first
+    assert page.locator("#lapse-label").inner_text() == "after 6 iterations"
+    last = picture.evaluate("node => node.style.backgroundImage")
+    page.locator("#lapse-slider").fill("0")
+    assert page.locator("#lapse-label").inner_text() == "before training"
+    assert picture.evaluate("node => node.style.backgroundImage") != last
+    page.locator("#groups-slider").fill("2")
+    assert page.locator("#groups-label").inner_text() == "iteration 3"
+    assert page.locator(".group").count() == 8 and page.locator(".group .tile").count() == 64
+
+
+def test_swipe_moves_the_border_between_before_and_after(opened):
+    page = opened()
+    page.locator("#swipe-stage").scroll_into_view_if_needed()
+    box = page.locator("#swipe-stage").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 50, steps=4)
+    page.mouse.up()
+    left = float(page.locator("#swipe-line").evaluate("node => parseFloat(node.style.left)"))
+    assert 20 < left < 30
+    before = page.locator("#swipe-caption").inner_text()
+    page.locator("#swipe-next").click()
+    assert page.locator("#swipe-caption").inner_text() != before
+    assert page.locator("#swipe-prompt").input_value() == "1"
+
+
+def test_table_is_sorted_and_filtered(opened, run_dir):
+    page = opened()
+
+    def column(number):
+        cells = page.locator(f"#table tbody td.number:nth-last-child({number})").all_inner_texts()
+        return [float(text.replace("−", "-").replace("+", "")) for text in cells]
+
+    first = column(1)
+    assert len(first) == 24 and first == sorted(first, reverse=True)
+    page.locator("#table th button[data-key=after]").click()
+    page.locator("#table th button[data-key=after]").click()
+    after = column(2)
+    assert after == sorted(after) and len(after) == 24
+    page.locator("#filter").fill("COUNTING star")
+    shown = page.locator("#table tbody tr").all_inner_texts()
+    data = report_data([run_dir])["runs"][0]["evaluations"][-1]
+    expected = [
+        text
+        for text, task in zip(data["prompts"], data["tasks"], strict=True)
+        if "star" in text and task == "counting"
+    ]
+    assert 0 < len(shown) == len(expected) < 24
+    assert page.locator("#filter-count").inner_text() == f"{len(expected)} of 24"
+
+
+def test_zoom_narrows_every_chart_and_goes_back(opened):
+    page = opened()
+    charts = page.locator("#charts .chart")
+    assert charts.count() > 10
+
+    def labels(chart):  # what is drawn, read from the pixels by their change
+        return chart.locator("canvas").evaluate("node => node.toDataURL()")
+
+    whole = [labels(charts.nth(i)) for i in (0, 4)]
+    over = charts.nth(0).locator(".u-over").bounding_box()
+    page.mouse.move(over["x"] + over["width"] * 0.4, over["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(over["x"] + over["width"] * 0.8, over["y"] + 60, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(100)
+    assert all(labels(charts.nth(i)) != old for i, old in zip((0, 4), whole, strict=True))
+    page.mouse.move(5, 5)
+    page.locator("#unzoom").click()
+    page.wait_for_timeout(100)
+    assert [labels(charts.nth(i)) for i in (0, 4)] == whole
+    # hovering one chart reads the values of all
+    page.mouse.move(over["x"] + over["width"] * 0.9, over["y"] + 40)
+    page.wait_for_timeout(100)
+    legend = charts.nth(1).locator(".u-value").all_inner_texts()
+    assert legend[0].isdigit() and float(legend[1]) > 0
+
+
+def test_page_fits_a_phone_and_follows_the_dark_scheme(opened):
+    page = opened(color_scheme="dark")
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.wait_for_timeout(500)  # the charts are drawn anew a moment after the window changed
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    luminance = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+    assert max(page.evaluate(luminance)) < 60
+    page.locator("#theme").click()
+    assert min(page.evaluate(luminance)) > 200
+
+
+def test_runs_are_compared_on_the_same_charts(opened, run_dir, tmp_path):
+    other = record_run(tmp_path / "other" / "demo", iterations=4, heldout=4, seed=1)
+    page = opened(run_dir, other)
+    legend = page.locator("#charts .chart").first.locator(".u-legend").inner_text()
+    assert f"{run_dir.parent.name}/demo" in legend and "other/demo" in legend
+    page.locator("#run").select_option("1")
+    assert page.locator("#lapse-label").inner_text() == "before training"
+    assert page.locator("#lapse-grid .tile").count() == 4
+
+
+def test_a_run_that_has_just_begun_has_a_page(opened, tmp_path):
+    directory = record_run(tmp_path / "new", iterations=1, heldout=4, finished=False)
+    (directory / "metrics.jsonl").write_text("")
+    shutil.rmtree(directory / "gallery")
+    page = opened(directory)
+    assert "0 of 1 iterations so far" in page.locator("#subtitle").inner_text()
+    assert not page.locator("#lapse").is_visible()
+
+
+def test_page_of_a_long_run_stays_under_25_megabytes(tmp_path):
+    directory = record_run(tmp_path / "long", iterations=2, evaluate_every=2, heldout=64)
+    folder = directory / "gallery"
+    # 300 iterations with 64 images each of noisy pictures, and 30 evaluations
+    for kind, count in (("rollout", 300), ("evaluation", 30)):
+        line = json.loads((folder / f"{kind}s.jsonl").read_text().splitlines()[0])
+        source = folder / line["sheet"]
+        lines = []
+        for number in range(count):
+            name = f"{kind}_copy{number}.webp"
+            shutil.copy(source, folder / name)
+            lines.append(json.dumps(line | {"iteration": number, "sheet": name}))
+        (folder / f"{kind}s.jsonl").write_text("\n".join(lines) + "\n")
+    page = report_page([directory])
+    assert len(page.encode()) < 25_000_000
+    run = report_data([directory])["runs"][0]
+    assert len(run["rollouts"]) + run["rollouts_left_out"] == 300
+    assert run["rollouts"][0]["iteration"] == 0 and run["rollouts"][-1]["iteration"] == 299
+    assert len(run["rollouts"]) >= 150 and len(run["evaluations"]) == 30
+
+
+def test_numbers_that_are_not_finite_leave_gaps_and_a_warning(tmp_path):
+    directory = record_run(tmp_path / "run", iterations=3, heldout=4)
+    with MetricsLog(directory) as log:
+        log.write(3, {"loss": np.nan, "clip_fraction": 0.9})
+    data = report_data([directory])["runs"][0]
+    assert data["metrics"]["loss"][-1] is None and data["metrics"]["kl"][-1] is None
+    assert "loss was not finite in iteration 4" in data["warnings"][0]
+
+
+def test_a_hacked_reward_is_told(tmp_path):
+    directory = record_run(tmp_path / "run", iterations=3, heldout=4)
+    index = directory / "gallery" / "evaluations.jsonl"
+    first = json.loads(index.read_text().splitlines()[0])
+    first["scores"]["shapes"], first["summary"]["metrics"]["diversity"] = [0.9] * 4, 0.3
+    last = first | {"iteration": 3, "sheet": "evaluation_00003.webp"}
+    last["scores"] = first["scores"] | {"shapes": [0.2] * 4, "total": [0.95] * 4}
+    last["summary"] = {"metrics": {"diversity": 0.1}}
+    index.write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
+    found = run_warnings(directory, read_metrics(directory), ["shapes"])
+    assert "gold reward shapes fell from 0.9 to 0.2 while" in found[0]
+    assert "diversity of a prompt's images fell from 0.3 to 0.1" in found[1]
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="holds no run"):
+        report_page([tmp_path])
+    with pytest.raises(UsageError, match="no run given"):
+        report_page([])
+
+
+def test_metric_table_is_read_from_the_documentation():
+    meanings = metric_meanings()
+    assert meanings["reward/<name>/std"] == meanings["reward/<name>/mean"]
+    assert meanings["kl"].endswith("(nats*)") and "eval/diversity" in meanings
