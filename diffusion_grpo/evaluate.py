@@ -8,12 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from diffusion_grpo.config import Config, PromptsConfig
+from diffusion_grpo.gaussian import Reduction, gaussian_kl
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
     encode_prompts,
@@ -25,8 +29,9 @@ from diffusion_grpo.pipeline import (
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.prompts import Prompt
 from diffusion_grpo.reward import RewardSet, Scoring
-from diffusion_grpo.rollout import image_keys, initial_noise
-from diffusion_grpo.schedule import make_schedule
+from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise
+from diffusion_grpo.schedule import Schedule, make_schedule
+from diffusion_grpo.stats import diversity, monitor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Evaluation:
         scores: reward name → float32 `[N]`: those trained on, then the gold ones.
         total: float32 `[N]`, the weighted sum that training maximizes.
         trained_on: how many of the scores, from the first, are summed in the total.
+        images_per_prompt: images of each prompt, which follow each other.
+        tasks: N tasks, where every prompt's metadata have one.
+        kl: KL to the reference along stochastic trajectories, a mean over images, if measured.
     """
 
     images: np.ndarray
@@ -46,6 +54,9 @@ class Evaluation:
     scores: dict[str, np.ndarray]
     total: np.ndarray
     trained_on: int = 1
+    images_per_prompt: int = 1
+    tasks: list[str] | None = None
+    kl: float | None = None
 
     @property
     def reported(self) -> dict[str, np.ndarray]:
@@ -53,11 +64,16 @@ class Evaluation:
         return ({"total": self.total} if self.trained_on > 1 else {}) | self.scores
 
     def metrics(self) -> dict[str, float]:
-        """Return `reward/mean`, `reward/standard_error` and each reward's `reward/<name>/mean`."""
-        return {
+        """Return the means of the rewards, and what `stats` measures of the pictures."""
+        measured = {
             "reward/mean": float(self.total.mean()),
             "reward/standard_error": standard_error(self.total),
         } | {f"reward/{name}/mean": float(values.mean()) for name, values in self.scores.items()}
+        measured |= {name: float(values.mean()) for name, values in monitor(self.images).items()}
+        if self.images_per_prompt > 1:
+            groups = np.arange(len(self.images)) // self.images_per_prompt
+            measured["diversity"] = float(diversity(self.images, groups).mean())
+        return measured | ({} if self.kl is None else {"kl": self.kl})
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -118,6 +134,12 @@ class Evaluator:
         self._draw = make_sampler(policy)
         self._decode = make_decoder(model)
         self._chunk = rollout.microbatch
+        known = all("task" in metadata for metadata in self.metadata)
+        self._tasks = [str(metadata["task"]) for metadata in self.metadata] if known else None
+        self._kl = None
+        if options.stochastic:
+            schedule = make_schedule(model.scheduler_config, rollout.num_steps, eta=rollout.eta)
+            self._kl = make_trajectory_kl(policy, schedule, config.grpo.log_prob_reduction)
 
     def __call__(self, trained: Any) -> Evaluation:
         """Draw and score with the given trained parameters.
@@ -137,7 +159,16 @@ class Evaluator:
         result = results[0]
         scores = {name: values for found in results for name, values in found.scores.items()}
         drawn = np.concatenate(images)
-        return Evaluation(drawn, self.texts, scores, result.total, len(result.scores))
+        return Evaluation(
+            drawn,
+            self.texts,
+            scores,
+            result.total,
+            trained_on=len(result.scores),
+            images_per_prompt=self._images_per_prompt,
+            tasks=self._tasks,
+            kl=self._measure_kl(trained),
+        )
 
     def _start(self, rewards: RewardSet) -> Scoring:
         return rewards.start(self.texts, self.metadata, group_size=self._images_per_prompt)
@@ -155,3 +186,58 @@ class Evaluator:
                 conditioning,
             )
             yield np.asarray(self._decode(final))
+
+    def _measure_kl(self, trained: Any) -> float | None:
+        if self._kl is None:
+            return None
+        parts = [
+            np.asarray(
+                self._kl(
+                    trained,
+                    self._initial[rows],
+                    self._keys[rows],
+                    (self._embeddings[rows], self._embeddings[-1:]),
+                )
+            )
+            for rows in padded_chunks(len(self.texts), self._chunk)
+        ]
+        return float(np.concatenate(parts)[: len(self.texts)].mean())
+
+
+def make_trajectory_kl(
+    policy: TrainablePolicy,
+    schedule: Schedule,
+    reduction: Reduction,
+    reference: TrainablePolicy | None = None,
+) -> Callable[..., Array]:
+    """Compile the KL of a policy to its reference along the policy's own stochastic trajectories.
+
+    Σ_t ‖μ_θ − μ_ref‖²/(2σ_t²) at the latents that π_θ visits: an unbiased estimate, one trajectory
+    an image, of the KL of the two distributions over trajectories.
+
+    Args:
+        policy: the split UNet.
+        schedule: of the stochastic sampler.
+        reduction: over the latent's elements, as in the log-prob.
+        reference: another UNet; without one, the policy's own initial trained parameters.
+
+    Returns:
+        (trained, initial, keys, conditioning) → float32 [B], nats.
+    """
+    other = reference or policy
+
+    @jax.jit
+    def divergence(
+        trained: Any, frozen: Any, fixed: Any, initial: Array, keys: Array, conditioning: Any
+    ) -> Array:
+        def step(x_t: Array, i: Array) -> tuple[Array, Array]:
+            now = denoising_step(policy.denoiser(trained, frozen), schedule, i, x_t, conditioning)
+            then = denoising_step(other.denoiser(*fixed), schedule, i, x_t, conditioning)
+            steps = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
+            x_s = now[0] + now[1] * initial_noise(steps, x_t.shape[1:])
+            return x_s, gaussian_kl(now[0], then[0], now[1], reduction=reduction)
+
+        return jax.lax.scan(step, initial, jnp.arange(schedule.num_steps))[1].sum(axis=0)
+
+    frozen, fixed = policy.frozen, (other.trained, other.frozen)
+    return lambda trained, *args: divergence(trained, frozen, fixed, *args)

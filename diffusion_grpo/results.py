@@ -11,6 +11,7 @@ import numpy as np
 
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation, standard_error
+from diffusion_grpo.evaluation_summary import summarize, to_markdown
 from diffusion_grpo.images import before_after_grid, image_grid, save_image
 from diffusion_grpo.lora import merge_lora
 from diffusion_grpo.pretrained import StableDiffusion
@@ -50,7 +51,7 @@ def means_title(before: Evaluation, after: Evaluation, shown: int) -> str:
 
 
 def save_results(config: Config, directory: Path, before: Evaluation, after: Evaluation) -> None:
-    """Write the grids after training, and `evaluation.json`.
+    """Write the grids after training, `evaluation.json` and the same as Markdown.
 
     It has, for each reward, the mean before and after, and the mean of the paired difference.
     """
@@ -78,8 +79,10 @@ def save_results(config: Config, directory: Path, before: Evaluation, after: Eva
         }
         for name, first in before.reported.items()
     }
-    text = json.dumps({"images": len(before.images), "rewards": summary}, indent=2)
-    (directory / "evaluation.json").write_text(text + "\n")
+    evaluated = {"before": summarize(before), "after": summarize(after, before)}
+    found = {"images": len(before.images), "rewards": summary} | evaluated
+    (directory / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+    (directory / "evaluation.md").write_text(to_markdown("Evaluation", evaluated), encoding="utf-8")
 
 
 def export(

@@ -269,11 +269,22 @@ class EvalConfig(Section):
     """Seed of the initial noise, independent of run.seed, so that runs can be compared."""
     gold: tuple[str, ...] = ()
     """Rewards that training never sees, in the form of reward.rewards."""
+    stochastic: bool = False
+    """Also measure the KL to the reference, along trajectories of the training sampler."""
+    keep_best: bool = True
+    """Keep the model with the best held-out mean under best/: gold if there is one, else total."""
+    patience: int = 0
+    """Stop after so many evaluations in a row in which gold fell and the reward rose; 0 never."""
 
     def __post_init__(self) -> None:
         """Reject values that no evaluation can use."""
         super().__post_init__()
-        self.require_non_negative("every", "seed")
+        self.require_non_negative("every", "seed", "patience")
+        self.require(
+            not self.patience or bool(self.gold and self.every),
+            "patience",
+            "0, since without eval.gold and eval.every there is nothing to watch",
+        )
         self.require_positive("num_prompts", "images_per_prompt", "num_steps")
         self.require(0 <= self.eta <= 1, "eta", "a number from 0 to 1")
         self.require(all(spec.strip() for spec in self.gold), "gold", "no empty name")
@@ -297,6 +308,12 @@ class RunConfig(Section):
     """Iterations between picture grids under samples/; 0 writes them only before and after."""
     log_every: int = 1
     """Iterations between lines of metrics.jsonl."""
+    report: bool = True
+    """Write report.html, refreshed about once a minute."""
+    tensorboard: Literal["auto", "on", "off"] = "auto"
+    """Write TensorBoard event files under tensorboard/; auto: where the package is installed."""
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases (the extra wandb)."""
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""

@@ -41,7 +41,8 @@ from diffusion_grpo.preparation import (
     make_rollout,
 )
 from diffusion_grpo.pretrained import check_layout, local_directory
-from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch
+from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch, upcoming_prompts
+from diffusion_grpo.recorder import Recorder
 from diffusion_grpo.results import (
     describe,
     export,
@@ -52,6 +53,7 @@ from diffusion_grpo.results import (
 from diffusion_grpo.reward import RewardSet
 from diffusion_grpo.rollout import image_keys, initial_noise
 from diffusion_grpo.schedule import Schedule, make_schedule, step_weights
+from diffusion_grpo.trackers import check_trackers
 from diffusion_grpo.update import LossConfig, TrainState, UpdateBatch, make_update
 
 
@@ -70,12 +72,16 @@ class Result:
     directory: Path
 
 
-def train(config: Config, *, resume: bool = False) -> Result:
+def train(
+    config: Config, *, resume: bool = False, quiet: bool = False, verbose: bool = False
+) -> Result:
     """Fine-tune a checkpoint's UNet against rewards by GRPO.
 
     Args:
         config: the run; validated.
         resume: go on from the last checkpoint in `config.run.output`.
+        quiet: show no progress.
+        verbose: show every iteration.
 
     Returns:
         The evaluations before and after. The run directory holds `config.yaml`, `metrics.jsonl`,
@@ -98,6 +104,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
     rewards = RewardSet.load(config.training_rewards(), **settings)
     gold = RewardSet.load(gold_specs, **settings) if gold_specs else None
     check_prompts(config, prompts, heldout, rewards, gold)
+    check_trackers(config)
     model = load_model(config, source)
     make_directory(config, directory)
 
@@ -119,7 +126,6 @@ def train(config: Config, *, resume: bool = False) -> Result:
     draw = make_rollout(config, policy.denoiser)
     refer = make_reference(config, policy.denoiser) if options.beta else None
     decode = make_decoder(model)
-    embeddings = encode_prompts(model, [*(p.text for p in prompts), rollout.negative_prompt])
     shape = latent_shape(model, rollout.height, rollout.width)
     evaluator = Evaluator(config, model, policy, heldout, rewards, gold)
     reference = policy.trained
@@ -140,22 +146,30 @@ def train(config: Config, *, resume: bool = False) -> Result:
     with (
         contextlib.closing(checkpoints),
         log,
-        Progress(config.run.iterations, start=start) as progress,
+        Progress(config.run.iterations, start=start, quiet=quiet, verbose=verbose) as progress,
+        Recorder(config, directory, start=start) as recorder,
         StopRequest() as stop,
     ):
         progress.message(f"evaluating before training on {evaluator.description}")
         with checkpoints.kept(start, leaves(state), resume=again):
             before = evaluator(reference)
         progress.message(describe(before, "before"))
+        recorder.evaluation(0, before)
         save_evaluation_grid(before, directory / "samples" / "before.png", "before training")
 
+        done = encoded = start
         for iteration in range(start, config.run.iterations):
             began = time.perf_counter()
 
             # prompts: P of them, G images each, group by group
             batch = prompt_batch(prompts, seed, iteration, rollout.prompts_per_iteration)
             index, texts, metadata, group = lay_out(batch, rollout.images_per_prompt)
-            conditioning = (embeddings[index], embeddings[-1:])
+            if iteration >= encoded:
+                left = range(iteration, config.run.iterations)
+                rows, encoded = upcoming_prompts(prompts, seed, left, rollout.prompts_per_iteration)
+                ahead = [*(prompts[i].text for i in rows), rollout.negative_prompt]
+                embeddings = encode_prompts(model, ahead)
+            conditioning = (embeddings[np.array([rows[i] for i in index])], embeddings[-1:])
 
             # rollout, decode, reward: host rewards score a chunk while the next one is drawn
             schedule = make_schedule(
@@ -246,15 +260,30 @@ def train(config: Config, *, resume: bool = False) -> Result:
                 "images_per_second": rollout.num_images / (updated - began),
             }
             done = iteration + 1
+            recorder.rollout(
+                iteration,
+                np.asarray(images),
+                texts,
+                {"total": result.total} | result.scores,
+                np.asarray(advantages),
+                rollout.images_per_prompt,
+            )
+            stopped = None
             try:
                 if evaluation_due(config, done):
                     with checkpoints.kept(done, leaves(state), resume=again):
                         evaluation = evaluator(state.params)
                     metrics |= {f"eval/{k}": v for k, v in evaluation.metrics().items()}
+                    metrics["time/evaluate"] = time.perf_counter() - updated
                     progress.message(describe(evaluation, f"iteration {done}"))
+                    recorder.evaluation(done, evaluation)
+                    stopped = recorder.stop_reason()
+                    if config.eval.keep_best and recorder.is_best(done):
+                        export(config, model, policy, state.params, directory / "best")
             finally:  # the iteration is done, whatever comes of its evaluation
                 if done % config.run.log_every == 0:
                     log.write(iteration, metrics)
+                    recorder.metrics(iteration, metrics)
             if config.run.sample_every and done % config.run.sample_every == 0:
                 grid = image_grid(
                     np.asarray(images),
@@ -266,17 +295,22 @@ def train(config: Config, *, resume: bool = False) -> Result:
             if config.run.save_every and done % config.run.save_every == 0:
                 checkpoints.save(done, leaves(state))
             progress.update(done, metrics)
+            if stopped:
+                progress.message(stopped)
+                break
             if stop.requested and done < config.run.iterations:
                 checkpoints.save(done, leaves(state))
                 progress.message(f"stopped; go on with: {again}")
                 raise KeyboardInterrupt
 
-        checkpoints.save(config.run.iterations, leaves(state))
-        with checkpoints.kept(config.run.iterations, leaves(state), resume=again):
+        checkpoints.save(done, leaves(state))
+        with checkpoints.kept(done, leaves(state), resume=again):
             after = evaluator(state.params)
         progress.message(describe(after, "after"))
+        recorder.evaluation(done, after)
         save_results(config, directory, before, after)
         export(config, model, policy, state.params, directory / "final")
+        progress.message(recorder.settle_best(done))
     return Result(before, after, directory)
 
 

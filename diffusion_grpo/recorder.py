@@ -1,0 +1,202 @@
+"""What a run records for people as it goes: gallery, trackers, the report, the best model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from diffusion_grpo.config import Config
+from diffusion_grpo.evaluate import Evaluation
+from diffusion_grpo.evaluation_summary import summarize
+from diffusion_grpo.gallery import Entry, Gallery, contact_sheet
+from diffusion_grpo.report import EARLY_STOP_FILE, write_report
+from diffusion_grpo.reward_specs import short_name, split_weight
+from diffusion_grpo.trackers import make_trackers
+
+REPORT_SECONDS = 60.0  # the least time between two reports
+
+
+class Recorder:
+    """Records a run; a context that closes the trackers and writes the last report."""
+
+    def __init__(self, config: Config, directory: Path, *, start: int = 0) -> None:
+        """Open the records of a run, and forget what came after `start` iterations.
+
+        Raises:
+            UsageError: a tracker that is asked for is not installed.
+        """
+        self.gallery = Gallery(directory)
+        self.gallery.truncate_after(start)
+        (directory / EARLY_STOP_FILE).unlink(missing_ok=True)
+        self._directory = directory
+        self._gold = [short_name(split_weight(spec)[0]) for spec in config.eval.gold]
+        self._patience = config.eval.patience
+        self._trackers = make_trackers(config, directory, start=start)
+        self._report = config.run.report
+        self._report_due = -math.inf
+        self._before: Evaluation | None = None
+
+    def __enter__(self) -> Recorder:
+        """Return the recorder itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the trackers, and write the report once more."""
+        for tracker in self._trackers:
+            tracker.close()
+        self.report(now=True)
+
+    def rollout(
+        self,
+        iteration: int,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        scores: Mapping[str, np.ndarray],
+        advantages: np.ndarray,
+        group: int,
+    ) -> None:
+        """Record the images of an iteration.
+
+        Args:
+            iteration: counted from 0.
+            images: uint8 [B, H, W, 3].
+            prompts: B texts.
+            scores: `total` and each reward, [B].
+            advantages: [B], or one a step, which are averaged.
+            group: G.
+        """
+        each = np.asarray(advantages).reshape(len(images), -1).mean(axis=1)
+        self.gallery.add(
+            "rollout", iteration, images, prompts, scores, advantages=each, group=group
+        )
+        for tracker in self._trackers:
+            for name, values in scores.items():
+                label = "reward" if name == "total" else f"reward/{name}"
+                tracker.histogram(iteration + 1, f"{label}/distribution", values)
+
+    def metrics(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """Hand an iteration's metrics to the trackers, and refresh the report now and then."""
+        for tracker in self._trackers:
+            tracker.scalars(iteration + 1, metrics)
+        self.report()
+
+    def evaluation(self, done: int, evaluation: Evaluation) -> dict[str, Any]:
+        """Record an evaluation after `done` iterations; 0 is the untrained model.
+
+        Returns:
+            Its summary: metrics, intervals and, after the first, the comparison with that one.
+        """
+        if done == 0:
+            self._before = evaluation
+        summary = summarize(evaluation, self._before if done else None)
+        known = [entry.iteration for entry in self.gallery.entries("evaluation")]
+        if done or 0 not in known:  # a resumed run has its untrained model on record
+            self.gallery.add(
+                "evaluation",
+                done,
+                evaluation.images,
+                evaluation.prompts,
+                {"total": evaluation.total} | evaluation.scores,
+                tasks=evaluation.tasks,
+                group=evaluation.images_per_prompt,
+                summary=summary,
+            )
+        sheet = contact_sheet(evaluation.images[:64], 256)[0]
+        for tracker in self._trackers:
+            tracker.picture(done, "eval/images", sheet)
+            if not done:
+                metrics = evaluation.metrics()
+                tracker.scalars(done, {f"eval/{name}": value for name, value in metrics.items()})
+        self.report()
+        return summary
+
+    def is_best(self, done: int) -> bool:
+        """Whether the evaluation after `done` iterations has the highest mean so far.
+
+        By the gold rewards' mean if there are any, and by the total that is trained on otherwise.
+        """
+        means = {entry.iteration: self._quality(entry) for entry in self._evaluations()}
+        return done > 0 and means[done] >= max(means.values())
+
+    def settle_best(self, done: int) -> str:
+        """Write `best.json`, and drop `best/` where the final model is the best one.
+
+        Returns:
+            One line that says which model is the best, and where it is.
+        """
+        means = {entry.iteration: self._quality(entry) for entry in self._evaluations()}
+        best = max(means, key=lambda iteration: (means[iteration], iteration))
+        where = {0: "the untrained model", done: "final/"}.get(best, "best/")
+        folder = self._directory / "best"
+        if where != "best/" and folder.is_dir():
+            shutil.rmtree(folder)
+        found = {"iterations": best, "mean": means[best], "by": self._gold or ["total"]}
+        text = json.dumps(found | {"model": where}, indent=2)
+        (self._directory / "best.json").write_text(text + "\n", encoding="utf-8")
+        return f"best held-out mean {means[best]:.4f} after {best} iterations: {where}"
+
+    def stop_reason(self) -> str | None:
+        """Return why the run should stop, or None: `early_stop_reason` of the evaluations."""
+        history = [
+            (entry.iteration, float(np.mean(entry.scores["total"])), self._quality(entry))
+            for entry in self._evaluations()
+        ]
+        reason = early_stop_reason(history, self._patience) if self._gold else None
+        if reason is not None:
+            text = json.dumps({"iterations": history[-1][0], "reason": reason}, indent=2)
+            (self._directory / EARLY_STOP_FILE).write_text(text + "\n", encoding="utf-8")
+        return reason
+
+    def _evaluations(self) -> list[Entry]:
+        return self.gallery.entries("evaluation")
+
+    def _quality(self, entry: Entry) -> float:
+        names = self._gold or ["total"]
+        return float(np.mean([np.mean(entry.scores[name]) for name in names]))
+
+    def report(self, *, now: bool = False) -> None:
+        """Refresh `report.html`, now and then unless it has to be `now`.
+
+        At most once a minute, and so seldom that it takes no more than a fiftieth of the time.
+        """
+        began = time.monotonic()
+        if self._report and (now or began >= self._report_due):
+            write_report(self._directory)
+            ended = time.monotonic()
+            self._report_due = ended + max(REPORT_SECONDS, 50 * (ended - began))
+
+
+def early_stop_reason(history: Sequence[tuple[int, float, float]], patience: int) -> str | None:
+    """Return why to stop a run whose reward is being hacked, or None.
+
+    Args:
+        history: (iterations done, mean of what is trained on, mean of gold), in order.
+        patience: how many evaluations in a row, the last included, have to show gold below its best
+            and the trained reward above what it was at that best; 0 never stops.
+    """
+    if not patience or len(history) <= patience:
+        return None
+    best = max(range(len(history)), key=lambda i: history[i][2])
+    after = history[best + 1 :]
+    done, reward, gold = history[best]
+    worse = [later[2] < gold and later[1] > reward for later in after]
+    if len(worse) < patience or not all(worse[-patience:]):
+        return None
+    return (
+        f"stopped after {history[-1][0]} iterations: in {patience} evaluations in a row the gold "
+        f"reward was below its best, {gold:.4g} after {done} iterations (now {history[-1][2]:.4g}),"
+        f" while the trained reward rose from {reward:.4g} to {history[-1][1]:.4g}"
+    )

@@ -1,0 +1,156 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusion_grpo.config import Config, EvalConfig, RunConfig
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.evaluate import Evaluation
+from diffusion_grpo.evaluation_summary import summarize, to_markdown
+from diffusion_grpo.recorder import Recorder, early_stop_reason
+from diffusion_grpo.trackers import TensorBoard, check_trackers, make_trackers
+
+
+def evaluation(clip, gold=None, each=1, tasks=None):
+    clip = np.asarray(clip, np.float32)
+    scores = {"clip": clip} | ({} if gold is None else {"shapes": np.asarray(gold, np.float32)})
+    images = np.random.default_rng(0).integers(0, 256, (len(clip), 16, 16, 3), dtype=np.uint8)
+    prompts = [f"prompt {i // each}" for i in range(len(clip))]
+    return Evaluation(images, prompts, scores, clip, images_per_prompt=each, tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("history", "patience", "stops"),
+    [
+        # gold falls twice while the reward rises
+        ([(0, 1.0, 0.5), (10, 1.2, 0.6), (20, 1.3, 0.5), (30, 1.4, 0.4)], 2, True),
+        ([(0, 1.0, 0.5), (10, 1.2, 0.6), (20, 1.3, 0.5), (30, 1.4, 0.4)], 3, False),
+        # gold came back above its best in between
+        ([(0, 1.0, 0.5), (10, 1.2, 0.4), (20, 1.3, 0.6), (30, 1.4, 0.5)], 2, False),
+        # the reward fell too: nothing is hacked
+        ([(0, 1.0, 0.5), (10, 1.2, 0.6), (20, 1.1, 0.5), (30, 1.1, 0.4)], 2, False),
+        ([(0, 1.0, 0.5), (10, 1.2, 0.4), (20, 1.3, 0.3)], 0, False),
+    ],
+)
+def test_a_run_stops_when_gold_falls_while_the_reward_rises(history, patience, stops):
+    reason = early_stop_reason(history, patience)
+    assert (reason is not None) == stops
+    if stops:
+        assert "0.6 after 10 iterations (now 0.4)" in reason and "1.2 to 1.4" in reason
+
+
+def config(tmp_path, **fields):
+    options = EvalConfig(every=2, **fields)
+    return Config(eval=options, run=RunConfig(output=str(tmp_path), report=False))
+
+
+def test_best_model_is_that_of_the_gold_reward_and_the_reason_to_stop_is_kept(tmp_path):
+    settings = config(tmp_path, gold=("shapes",), patience=1)
+    with Recorder(settings, tmp_path) as recorder:
+        recorder.evaluation(0, evaluation([0.1, 0.2], [0.5, 0.5]))
+        assert recorder.stop_reason() is None
+        recorder.evaluation(2, evaluation([0.2, 0.3], [0.6, 0.6]))
+        assert recorder.is_best(2) and recorder.stop_reason() is None
+        (tmp_path / "best").mkdir()
+        recorder.evaluation(4, evaluation([0.4, 0.5], [0.1, 0.2]))
+        assert not recorder.is_best(4)
+        reason = recorder.stop_reason()
+        assert "gold reward was below its best, 0.6 after 2 iterations" in reason
+        assert json.loads((tmp_path / "early_stop.json").read_text())["reason"] == reason
+        assert "after 2 iterations: best/" in recorder.settle_best(4)
+        assert (tmp_path / "best").is_dir()
+    with Recorder(settings, tmp_path, start=2) as recorder:  # resumed: what came after is gone
+        assert not (tmp_path / "early_stop.json").exists()
+        recorder.evaluation(0, evaluation([0.1, 0.2], [0.5, 0.5]))
+        recorder.evaluation(4, evaluation([0.4, 0.5], [0.9, 0.9]))
+        assert recorder.is_best(4) and "final/" in recorder.settle_best(4)
+        assert not (tmp_path / "best").exists()
+        iterations = [entry.iteration for entry in recorder.gallery.entries("evaluation")]
+        assert iterations == [0, 2, 4]
+
+
+def test_summary_compares_the_same_prompts_and_seeds(tmp_path):
+    base = evaluation([1.0, 2.0, 3.0, 4.0], each=2, tasks=["a", "a", "b", "b"])
+    tuned = evaluation([2.0, 1.0, 5.0, 6.0], each=2, tasks=["a", "a", "b", "b"])
+    found = summarize(tuned, base)
+    assert (found["images"], found["prompts"]) == (4, 2)
+    assert found["rewards"]["clip"]["mean"] == 3.5
+    # the two prompts' means are 1.5 and 5.5; resampling two of two gives 1.5, 3.5 or 5.5
+    assert (found["rewards"]["clip"]["low"], found["rewards"]["clip"]["high"]) == (1.5, 5.5)
+    against = found["against_base"]["clip"]
+    assert against["win_rate"] == 0.75 and against["difference"]["mean"] == 1.0
+    assert found["tasks"]["b"] == {"images": 2, "clip": {"mean": 5.5, "low": None, "high": None}}
+    assert 0 < found["metrics"]["diversity"] < 1 and found["metrics"]["sharpness"] > 0
+    text = to_markdown("Evaluation", {"after": found})
+    assert "| clip | 3.5 [1.5, 5.5] | 1 [0, 2] | 75.0% [" in text
+    assert "| b | 2 | 5.5 |" in text
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_a_single_image_has_no_error_and_no_diversity():
+    found = summarize(evaluation([1.0]))
+    assert found["metrics"]["reward/standard_error"] is None and "diversity" not in found["metrics"]
+    assert "| clip | 1 |" in to_markdown("Evaluation", {"after": found})
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path):
+    board = TensorBoard(tmp_path)
+    board.scalars(1, {"reward/mean": np.float32(0.25), "kl": 1})
+    board.scalars(2, {"reward/mean": 0.5})
+    board.close()
+    resumed = TensorBoard(tmp_path, start=1)
+    resumed.scalars(2, {"reward/mean": 0.75})
+    resumed.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("reward/mean")] == [(1, 0.25), (2, 0.75)]
+    assert "kl" in read.Tags()["scalars"]
+
+
+def test_tensorboard_has_histograms_and_pictures(tmp_path):
+    board = TensorBoard(tmp_path)
+    board.histogram(2, "reward/distribution", np.array([0.0, 1.0, 1.0, 4.0]))
+    board.picture(2, "eval/images", Image.new("RGB", (6, 4), "red"))
+    board.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    (histogram,) = read.Histograms("reward/distribution")
+    assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.sum) == (
+        2,
+        4,
+        6,
+    )
+    assert sum(histogram.histogram_value.bucket) == 4 and histogram.histogram_value.max == 4
+    (picture,) = read.Images("eval/images")
+    assert (picture.width, picture.height) == (6, 4)
+    assert Image.open(io.BytesIO(picture.encoded_image_string)).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_weights_and_biases_keeps_a_run_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = Config(run=RunConfig(wandb_project="mine", tensorboard="off"))
+    (tracker,) = make_trackers(settings, tmp_path)
+    tracker.scalars(1, {"reward/mean": 0.25})
+    tracker.histogram(1, "reward/distribution", np.arange(4.0))
+    tracker.picture(1, "eval/images", Image.new("RGB", (6, 4), "red"))
+    tracker.close()
+    (file,) = tmp_path.rglob("*.wandb")
+    written = file.read_bytes()
+    for name in (b"reward/mean", b"reward/distribution", b"eval/images", b"iterations"):
+        assert name in written
+    assert (tmp_path / "wandb_id").read_text() in file.name
+
+
+def test_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_trackers(Config())  # "auto" does without
+    for field in ({"tensorboard": "on"}, {"wandb_project": "mine"}):
+        with pytest.raises(UsageError, match=r"not installed: pip install 'diffusion-grpo\["):
+            check_trackers(Config(run=RunConfig(**field)))
+
+
+def test_patience_without_gold_is_refused():
+    with pytest.raises(UsageError, match="eval.patience is 2; expected 0"):
+        EvalConfig(patience=2, every=5)
