@@ -1,16 +1,17 @@
-"""The command line: `diffusion-grpo train | sample | list`.
+"""The command line: `diffusion-grpo COMMAND`.
 
 What a user can mend before work starts exits with 2; a reward that fails later exits with 1.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import tyro
 
@@ -26,55 +27,31 @@ RL fine-tuning of text-to-image diffusion models in JAX.
   train [PRESET | config.yaml] [--section.field value ...]
                      fine-tune a checkpoint against rewards; --help lists every field
   train --resume RUN go on with a run that was interrupted
+                     both: --quiet shows no progress, --verbose every iteration
   sample             draw images from a checkpoint into a grid
+  compare            models side by side, or a run as a time-lapse
+  evaluate           rewards on held-out prompts, with intervals, against a base
+  report RUN ...     runs as one HTML page
+  view RUN ...       the same page, live while a run trains
   score              score images that are there already
   check-reward       find out whether a reward keeps the contract
   serve-reward       compute a reward for runs elsewhere
-  list rewards | prompts | presets | checkpoints
+  list rewards | prompts | metrics | presets | checkpoints
                      what comes with the project
 
 diffusion-grpo COMMAND --help says more. """
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    """Draw images from a checkpoint into a grid: rows are prompts, columns are images."""
-
-    prompt: tuple[str, ...]
-    """Prompts, or one prompt file given as @FILE."""
-    model: str = "shapes-diffusion"
-    """Checkpoint in the Diffusers layout: a directory, an embedded name, or a hub id."""
-    output: Path = Path("grid.png")
-    """The PNG to write."""
-    num_images: int = 4
-    """Images of each prompt."""
-    seed: int = 0
-    """Seed of the noise; image n of a prompt is the same whatever else is drawn."""
-    num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """T, denoising steps; the default is what the checkpoint says, or 50 if it says nothing."""
-    guidance_scale: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """s, classifier-free guidance; the default is what the checkpoint says, or 5."""
-    eta: float = 0.0
-    """η of DDIM; 0 is deterministic."""
-    negative_prompt: str = ""
-    """Text of the unconditional half of the guidance."""
-    height: int | None = None
-    """In pixels; None takes the checkpoint's."""
-    width: int | None = None
-    """In pixels; None takes the checkpoint's."""
-    batch_size: int = 16
-    """Images drawn at a time."""
-    dtype: str = "float32"
-    """Compute dtype: float32 or bfloat16."""
+# Commands in modules of their own, under `commands/`; each returns the files that it wrote.
+MODULES = ("sample", "compare", "evaluate", "report", "view")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {
-        "train": _train,
-        "sample": _sample,
-        "list": _list,
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "list": _list}
+    commands |= {name: functools.partial(_module, name) for name in MODULES}
+    commands |= {
         "score": _score,
         "check-reward": _check_reward,
         "serve-reward": _serve_reward,
@@ -105,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(words: list[str]) -> int:
     from diffusion_grpo.config import load_config
 
+    loudness = {name: f"--{name}" in words for name in ("quiet", "verbose")}
+    if all(loudness.values()):
+        raise UsageError("--quiet and --verbose are opposites: give one of them")
+    words = [word for word in words if word not in ("--quiet", "--verbose")]
     if words and words[0] == "--resume":
         if len(words) != 2:
             raise UsageError(
@@ -118,80 +99,24 @@ def _train(words: list[str]) -> int:
     _prepare_jax()
     from diffusion_grpo.train import train
 
-    result = train(config, resume=resume)
+    result = train(config, resume=resume, **loudness)
     print(f"run directory: {result.directory}")
     print(f"  before and after: {result.directory / 'samples' / 'before_after.png'}")
     print(f"  fine-tuned model: {result.directory / 'final'}")
+    if config.run.report:
+        print(f"  report: {result.directory / 'report.html'}")
     return 0
 
 
-def _sample(words: list[str]) -> int:
-    options = _parse(SampleOptions, words, "diffusion-grpo sample")
-    from diffusion_grpo.images import check_image_path, image_grid, save_image
-    from diffusion_grpo.prompts import load_prompts
-    from diffusion_grpo.sampling import SamplingDefaults
-
-    if options.num_images < 1 or options.batch_size < 1:
-        raise UsageError("num_images and batch_size must be 1 or more")
-    prompts = [
-        text
-        for given in options.prompt
-        for text in (
-            [p.text for p in load_prompts(given[1:])] if given.startswith("@") else [given]
-        )
-    ]
-    if options.dtype not in ("float32", "bfloat16"):
-        raise UsageError(f"dtype is {options.dtype!r}; expected float32 or bfloat16")
-    path = check_image_path(options.output)
-    settings = {"guidance_scale": options.guidance_scale, "num_steps": options.num_steps}
-    given = {name: value for name, value in settings.items() if value is not None}
-    SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
+def _module(name: str, words: list[str]) -> int:
     _prepare_jax()
-    from diffusion_grpo.pipeline import generate
-    from diffusion_grpo.pretrained import DTYPES, StableDiffusion
-
-    dtype = DTYPES[options.dtype]
-    model = StableDiffusion.from_pretrained(options.model, dtype=dtype, param_dtype=dtype)
-    sampling = dataclasses.replace(model.sampling or SamplingDefaults(), **given)
-    print(
-        f"guidance scale {sampling.guidance_scale:g}, {sampling.num_steps} steps", file=sys.stderr
-    )
-    n = options.num_images
-    total = n * len(prompts)
-    images = generate(
-        model,
-        [text for text in prompts for _ in range(n)],
-        num_steps=sampling.num_steps,
-        guidance_scale=sampling.guidance_scale,
-        eta=options.eta,
-        negative_prompt=options.negative_prompt,
-        seed=options.seed,
-        prompt_index=[i for i in range(len(prompts)) for _ in range(n)],
-        image_index=[j for _ in prompts for j in range(n)],
-        height=options.height,
-        width=options.width,
-        batch_size=options.batch_size,
-        on_images=lambda done: print(f"{done}/{total} images", file=sys.stderr),
-    )
-    grid = image_grid(images, prompts, columns=n)
-    save_image(
-        path,
-        grid,
-        {
-            "prompt": "\n".join(prompts),
-            "model": options.model,
-            "seed": options.seed,
-            "num_steps": sampling.num_steps,
-            "guidance_scale": sampling.guidance_scale,
-            "eta": options.eta,
-        },
-    )
-    print(path)
+    for path in importlib.import_module(f"diffusion_grpo.commands.{name}").run(words):
+        print(path)
     return 0
 
 
 def _list(words: list[str]) -> int:
-    kinds = ("rewards", "prompts", "presets", "checkpoints")
+    kinds = ("rewards", "prompts", "metrics", "presets", "checkpoints")
     if len(words) != 1 or words[0] not in kinds:
         near = suggest(words[0], kinds) if words else ""
         raise UsageError(f"list takes one of {', '.join(kinds)}{near}")
@@ -203,6 +128,10 @@ def _list(words: list[str]) -> int:
         from diffusion_grpo.prompts import describe_prompts, list_prompts
 
         rows = {name: describe_prompts(name) for name in list_prompts()}
+    elif words[0] == "metrics":
+        from diffusion_grpo.metrics import metric_meanings
+
+        rows = metric_meanings()
     elif words[0] == "presets":
         from diffusion_grpo.config import PRESETS, describe_preset
 

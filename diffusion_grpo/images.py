@@ -18,7 +18,10 @@ Resample = Literal["nearest", "lanczos"]
 _WHITE, _INK, _GRAY, _FRAME = (255, 255, 255), (32, 33, 36), (110, 114, 120), (214, 217, 222)
 _MARGIN, _GAP, _PADDING = 20, 6, 18  # around the grid, between cells, between rows; pixels
 _MIDDLE = 22  # between before and after
-_TEXT_SIZE, _SMALL_SIZE, _TITLE_SIZE = 15, 13, 20
+TEXT_SIZE = 15  # of captions, in pixels
+_SMALL, _LARGE = 13 / 15, 20 / 15  # notes and headings, relative to captions
+_FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_IMAGE_DESCRIPTION = 0x010E  # an EXIF tag
 _MAX_WIDTH = 1400  # a grid of pairs starts a new row of pairs past this many pixels
 
 
@@ -52,6 +55,8 @@ def image_grid(
     columns: int | None = None,
     title: str = "",
     min_size: int = 128,
+    max_size: int | None = None,
+    text_size: int = TEXT_SIZE,
     resample: Resample = "lanczos",
 ) -> Image.Image:
     """Draw images in rows and columns on white, with captions under each row or each cell.
@@ -64,6 +69,8 @@ def image_grid(
         title: a heading, or `""`.
         min_size: images whose shorter side is smaller are enlarged, by a whole factor, to at least
             this many pixels.
+        max_size: images whose longer side is larger are reduced to it, for contact sheets.
+        text_size: of captions, in pixels.
         resample: how they are enlarged; `nearest` shows the pixels as they are.
 
     Returns:
@@ -72,7 +79,12 @@ def image_grid(
     Raises:
         ValueError: not images, no image, or a number of captions that fits neither rows nor cells.
     """
-    cells = _enlarge(images, min_size=min_size, resample=resample)
+    cells = enlarge(images, min_size=min_size, resample=resample)
+    if max_size is not None and max(cells[0].size) > max_size:
+        if min_size > max_size:  # the cells are those of the images themselves
+            cells = [Image.fromarray(image) for image in images]
+        for cell in cells:
+            cell.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
     columns = columns or _default_columns(len(cells), captions)
     starts = range(0, len(cells), columns)
     captions = list(captions or [])
@@ -83,14 +95,15 @@ def image_grid(
         )
     per_row = bool(captions) and len(captions) == len(starts)
     rows = [
-        _strip(
+        draw_strip(
             cells[start : start + columns],
             notes=[] if per_row else captions[start : start + columns],
             caption=captions[row] if per_row else "",
+            text_size=text_size,
         )
         for row, start in enumerate(starts)
     ]
-    return _page([[row] for row in rows], title=title)
+    return draw_page([[row] for row in rows], title=title, text_size=text_size)
 
 
 def before_after_grid(
@@ -135,7 +148,7 @@ def before_after_grid(
     group = count // len(captions)
     sides = []
     for images, scores in ((before, scores_before), (after, scores_after)):
-        cells = _enlarge(images, min_size=min_size, resample=resample)
+        cells = enlarge(images, min_size=min_size, resample=resample)
         sides.append((cells, [] if scores is None else [f"{score:.3f}" for score in scores]))
     panels = []
     for row, caption in enumerate(captions):
@@ -143,12 +156,12 @@ def before_after_grid(
         cells = [cell for side, _ in sides for cell in side[part]]
         notes = [note for _, side in sides for note in (side[part] or [""] * group)]
         heads = {0: "before", group: "after"}
-        panels.append(_strip(cells, notes=notes, caption=caption, heads=heads, split=group))
+        panels.append(draw_strip(cells, notes=notes, caption=caption, heads=heads, split=group))
     panel_width = panels[0].width + 2 * _PADDING
     across = min(len(panels), max(1, (_MAX_WIDTH - 2 * _MARGIN) // panel_width))
     across = -(-len(panels) // -(-len(panels) // across))  # as even as the number of rows allows
     rows = [panels[start : start + across] for start in range(0, len(panels), across)]
-    return _page(rows, title=title)
+    return draw_page(rows, title=title)
 
 
 def check_image_path(path: str | Path) -> Path:
@@ -168,8 +181,11 @@ def check_image_path(path: str | Path) -> Path:
         raise UsageError(
             f"image path {str(path)!r} is a directory; expected a file such as grid.png"
         )
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"image path {str(path)!r} does not end in .png: PNG is what is written")
+    if path.suffix.lower() not in _FORMATS:
+        raise UsageError(
+            f"image path {str(path)!r} does not end in one of {', '.join(_FORMATS)}: these formats "
+            "are written"
+        )
     parent = path.parent
     if not parent.is_dir():
         state = "is not a folder" if parent.exists() else "does not exist: create it first"
@@ -182,25 +198,70 @@ def check_image_path(path: str | Path) -> Path:
 def save_image(
     path: str | Path, image: Image.Image, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a PNG with text metadata (tEXt chunks; iTXt for text beyond Latin-1).
+    """Write a PNG, WebP or JPEG that says how it was made.
+
+    A PNG has text chunks (tEXt; iTXt for text beyond Latin-1), one an entry; a WebP or JPEG has all
+    entries as one JSON object in EXIF's ImageDescription. WebP and JPEG are lossy, of quality 92.
 
     Args:
-        path: ends in .png; its folder exists.
+        path: ends in .png, .webp, .jpg or .jpeg; its folder exists.
         image: what to write.
         metadata: keyword (1 to 79 Latin-1 characters) to value; what is not text is written as
             JSON.
 
     Raises:
-        UsageError: as `check_image_path`.
+        UsageError: as `check_image_path`, or the image is larger than the format holds.
         ValueError: a keyword that PNG does not admit.
     """
     path = check_image_path(path)
-    info = PngImagePlugin.PngInfo()
-    for key, value in (metadata or {}).items():
+    kind = _FORMATS[path.suffix.lower()]
+    for key in metadata or {}:
         if not (1 <= len(key) <= 79 and key.isprintable() and key == key.strip()):
             raise ValueError(f"PNG keyword {key!r}: expected 1 to 79 printable characters")
-        info.add_text(key, value if isinstance(value, str) else json.dumps(value))
-    image.save(path, "PNG", pnginfo=info)
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        for key, value in (metadata or {}).items():
+            info.add_text(key, value if isinstance(value, str) else json.dumps(value))
+        image.save(path, "PNG", pnginfo=info)
+        return
+    most = 16383 if kind == "WEBP" else 65500
+    if max(image.size) > most:
+        raise UsageError(
+            f"image path {str(path)!r}: {image.width} x {image.height} pixels are more than {kind} "
+            f"holds ({most}); write a .png, or smaller images with --cell-size"
+        )
+    exif = Image.Exif()
+    exif[_IMAGE_DESCRIPTION] = json.dumps(dict(metadata or {}))
+    image.save(path, kind, quality=92, exif=exif)
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """Return uint8 [H, W, 3] as a Pillow image."""
+    return Image.fromarray(pixels)
+
+
+def save_animation(
+    path: str | Path, frames: Sequence[Image.Image], *, seconds: float = 0.12, hold: float = 1.5
+) -> None:
+    """Write an animated WebP that plays forever and rests on its last frame.
+
+    Args:
+        path: ends in .webp.
+        frames: one or more, of one size.
+        seconds: how long a frame is shown.
+        hold: how long the last one is.
+
+    Raises:
+        UsageError: as `check_image_path`, or the path is no .webp.
+    """
+    path = check_image_path(path)
+    if path.suffix.lower() != ".webp":
+        raise UsageError(f"animation path {str(path)!r}: expected a name that ends in .webp")
+    durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
+    rest = list(frames[1:])
+    frames[0].save(
+        path, "WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=85
+    )
 
 
 def _default_columns(count: int, captions: Sequence[str] | None) -> int:
@@ -209,7 +270,8 @@ def _default_columns(count: int, captions: Sequence[str] | None) -> int:
     return int(np.ceil(np.sqrt(count)))
 
 
-def _enlarge(images: np.ndarray, *, min_size: int, resample: Resample) -> list[Image.Image]:
+def enlarge(images: np.ndarray, *, min_size: int, resample: Resample) -> list[Image.Image]:
+    """Return images as Pillow ones, the shorter side at least `min_size` by a whole factor."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not images.size:
         raise ValueError(
             f"images are {images.dtype} of shape {images.shape}, expected uint8 [N, H, W, 3], N > 0"
@@ -255,20 +317,22 @@ def _line_height(font: Any) -> int:
     return ascent + descent + 2
 
 
-def _strip(
+def draw_strip(
     cells: Sequence[Image.Image],
     *,
     notes: Sequence[str] = (),
     caption: str = "",
     heads: Mapping[int, str] | None = None,
     split: int = 0,
+    text_size: int = TEXT_SIZE,
+    note_colors: Sequence[tuple[int, int, int]] = (),
 ) -> Image.Image:
     """Draw cells side by side: heads above, a note under each, a caption under all.
 
     `heads` is the index of a cell to the text that begins above it; `split` is the index of the
-    cell before which the gap is wide.
+    cell before which the gap is wide. `note_colors` has one color a note; gray without.
     """
-    text, small = _font(_TEXT_SIZE), _font(_SMALL_SIZE)
+    text, small = _font(text_size), _font(round(text_size * _SMALL))
     cell_width, cell_height = cells[0].size
     lefts = [
         1 + index * (cell_width + _GAP) + (_MIDDLE - _GAP if split and index >= split else 0)
@@ -290,17 +354,20 @@ def _strip(
         frame = (left - 1, top - 1, left + cell_width, top + cell_height)
         draw.rectangle(frame, outline=_FRAME)  # around, not over: a white picture needs an edge
         strip.paste(cell, (left, top))
-    for left, lines in zip(lefts, note_lines, strict=False):
+    colors = note_colors or [_GRAY] * len(note_lines)
+    for left, lines, color in zip(lefts, note_lines, colors, strict=False):
         for row, line in enumerate(lines):
-            draw.text((left - 1, below + row * _line_height(small)), line, fill=_GRAY, font=small)
+            draw.text((left - 1, below + row * _line_height(small)), line, fill=color, font=small)
     for row, line in enumerate(caption_lines):
         draw.text((0, caption_top + row * _line_height(text)), line, fill=_INK, font=text)
     return strip
 
 
-def _page(rows: Sequence[Sequence[Image.Image]], *, title: str) -> Image.Image:
+def draw_page(
+    rows: Sequence[Sequence[Image.Image]], *, title: str, text_size: int = TEXT_SIZE
+) -> Image.Image:
     """Lay strips out in rows on a white page with margins and a heading."""
-    font = _font(_TITLE_SIZE)
+    font = _font(round(text_size * _LARGE))
     columns = max(map(len, rows))
     step = max(strip.width for row in rows for strip in row) + 2 * _PADDING
     width = columns * step - 2 * _PADDING + 2 * _MARGIN

@@ -21,8 +21,9 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
+from diffusion_grpo.samplers import Solver, make_solver, solve
 from diffusion_grpo.sampling import SamplingDefaults
-from diffusion_grpo.schedule import Schedule, make_schedule
+from diffusion_grpo.schedule import Schedule
 
 CHUNK = 16  # prompts encoded at a time
 
@@ -158,6 +159,7 @@ def generate(
     *,
     num_steps: int = SamplingDefaults.num_steps,
     guidance_scale: float = SamplingDefaults.guidance_scale,
+    sampler: str = "ddim",
     eta: float = 0.0,
     negative_prompt: str = "",
     seed: int = 0,
@@ -168,15 +170,17 @@ def generate(
     latents: Float[Array, "B h w c"] | None = None,
     batch_size: int = 16,
     on_images: Callable[[int], None] | None = None,
+    on_previews: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Draw one image a prompt by DDIM-η sampling.
+    """Draw one image a prompt.
 
     Args:
         model: the pipeline.
         prompts: B texts.
         num_steps: T.
         guidance_scale: s.
-        eta: η; 0 is deterministic.
+        sampler: one of `samplers.SAMPLERS`.
+        eta: η of DDIM; 0 is deterministic.
         negative_prompt: text of the unconditional half.
         seed: of the noise; a picture depends on (seed, prompt_index, image_index), not on the
             batch.
@@ -187,12 +191,14 @@ def generate(
         latents: initial noise x_T, instead of `seed`'s.
         batch_size: images at a time.
         on_images: called with the number of images done so far.
+        on_previews: called with each batch's predictions of the picture, x̂₀ decoded, one a step:
+            uint8 `[T, b, H, W, 3]`.
 
     Returns:
         uint8 `[B, H, W, 3]`.
     """
     policy = TrainablePolicy(model.unet, guidance_scale)
-    schedule = make_schedule(model.scheduler_config, num_steps, eta=eta)
+    solver = make_solver(model.scheduler_config, sampler, num_steps, eta=eta)
     count = len(prompts)
     embeddings = encode_prompts(model, [*prompts, negative_prompt])
     index = np.arange(count) if image_index is None else np.asarray(image_index)
@@ -202,17 +208,42 @@ def generate(
         start = image_keys(seed, 0, group, index, "evaluation_initial")
         latents = initial_noise(start, latent_shape(model, height, width))
     decode = make_decoder(model)
-    draw = make_sampler(policy)
+    draw = make_solved(policy, previews=on_previews is not None)
     images = []
     for rows in padded_chunks(count, batch_size):
         conditioning = (embeddings[rows], embeddings[-1:])
-        final = draw(
-            policy.trained, policy.frozen, schedule, latents[rows], keys[rows], conditioning
+        final, previews = draw(
+            policy.trained, policy.frozen, solver, latents[rows], keys[rows], conditioning
         )
         images.append(np.asarray(decode(final)))
+        if on_previews is not None:
+            left = min(len(rows), count - sum(map(len, images[:-1])))
+            on_previews(np.stack([np.asarray(decode(step))[:left] for step in previews]))
         if on_images is not None:
             on_images(min(count, sum(map(len, images))))
     return np.concatenate(images)[:count]
+
+
+def make_solved(policy: TrainablePolicy, *, previews: bool = False) -> Callable[..., Any]:
+    """Compile `samplers.solve` of a policy.
+
+    Returns:
+        (trained, frozen, solver, initial, keys, conditioning) → (x_0, x̂₀ of every step).
+    """
+
+    @jax.jit
+    def draw(
+        trained: Any,
+        frozen: Any,
+        solver: Solver,
+        initial: Array,
+        keys: Array,
+        conditioning: Any,
+    ) -> tuple[Array, Array]:
+        denoiser = policy.denoiser(trained, frozen)
+        return solve(denoiser, solver, initial, keys, conditioning, previews=previews)
+
+    return draw
 
 
 def make_sampler(policy: TrainablePolicy) -> Callable[..., Array]:

@@ -25,6 +25,7 @@ __all__ = [
     "prompt_batch",
     "shuffled_place",
     "split_prompts",
+    "upcoming_prompts",
 ]
 
 _SHUFFLED_WHOLE = 1_000_000  # a longer list is shuffled without a table of its places
@@ -156,6 +157,40 @@ def prompt_batch(
     )
     offset = start - first_epoch * len(prompts)
     return [(int(index), prompts[index]) for index in order[offset : offset + num_prompts].tolist()]
+
+
+def upcoming_prompts(
+    prompts: Sequence[Prompt],
+    seed: int,
+    iterations: range,
+    num_prompts: int,
+    *,
+    most: int = 4096,
+) -> tuple[dict[int, int], int]:
+    """Return which prompts to encode before an iteration: all, or those of the next few iterations.
+
+    A list as long as all combinations of a template is never encoded as a whole.
+
+    Args:
+        prompts: the whole list.
+        seed: of the run.
+        iterations: those that are left.
+        num_prompts: P.
+        most: prompts that are encoded at a time, at least those of one iteration.
+
+    Returns:
+        Each prompt's index in the list → its row among those encoded; and the iteration before
+        which the next call is due.
+    """
+    if len(prompts) <= most:
+        return {index: index for index in range(len(prompts))}, iterations.stop
+    stop = min(iterations.stop, iterations.start + max(1, most // num_prompts))
+    visited = (
+        index
+        for iteration in range(iterations.start, stop)
+        for index, _ in prompt_batch(prompts, seed, iteration, num_prompts)
+    )
+    return {index: row for row, index in enumerate(dict.fromkeys(visited))}, stop
 
 
 def _draw_by_weight(

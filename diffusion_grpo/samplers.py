@@ -205,9 +205,8 @@ def _ddim(config: SchedulerConfig, num_steps: int, eta: float) -> Solver:
 def _ddpm(config: SchedulerConfig, num_steps: int) -> Solver:
     timesteps = spaced_timesteps(config, num_steps)
     table = alphas_cumprod(config)
-    previous = timesteps - config.num_train_timesteps // num_steps
     alpha_t = table[timesteps]
-    alpha_s = np.where(previous >= 0, table[np.maximum(previous, 0)], 1.0)
+    alpha_s = np.append(alpha_t[1:], 1.0)  # the next timestep visited, and at last the picture
     if config.prediction_type == "epsilon" and np.any(alpha_t == 0):
         raise UsageError("the first timestep has zero signal, where epsilon says nothing of x₀")
     step_alpha = alpha_t / alpha_s

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +9,7 @@ from diffusion_grpo.images import (
     before_after_grid,
     check_image_path,
     image_grid,
+    save_animation,
     save_image,
     to_uint8,
 )
@@ -196,8 +199,8 @@ def test_a_png_carries_its_metadata(tmp_path) -> None:
 
 def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path) -> None:
     assert check_image_path(tmp_path / "new.png") == tmp_path / "new.png"
-    with pytest.raises(UsageError, match=r"does not end in \.png"):
-        check_image_path(tmp_path / "grid.jpg")
+    with pytest.raises(UsageError, match="does not end in one of .png"):
+        check_image_path(tmp_path / "grid.gif")
     with pytest.raises(UsageError, match="missing' does not exist: create it first"):
         check_image_path(tmp_path / "missing" / "grid.png")
     (tmp_path / "file").write_text("")
@@ -212,3 +215,40 @@ def test_a_keyword_that_png_does_not_admit_is_refused(tmp_path) -> None:
         with pytest.raises(ValueError, match="PNG keyword"):
             save_image(tmp_path / "grid.png", Image.new("RGB", (2, 2)), {key: "x"})
     assert not (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".jpg", ".jpeg"])
+def test_webp_and_jpeg_carry_their_metadata_too(tmp_path, suffix) -> None:
+    image = Image.fromarray(noise(1)[0])
+    save_image(tmp_path / f"grid{suffix}", image, {"prompt": "圆形", "seed": 7})
+    with Image.open(tmp_path / f"grid{suffix}") as read:
+        assert read.size == image.size and read.format in ("WEBP", "JPEG")
+        described = json.loads(read.getexif()[0x010E])
+    assert described == {"prompt": "圆形", "seed": 7}
+
+
+def test_an_image_larger_than_its_format_holds_is_refused(tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"16384 x 2 pixels are more than WEBP holds \(16383\)"):
+        save_image(tmp_path / "grid.webp", Image.new("RGB", (16384, 2)))
+
+
+def test_cells_of_a_contact_sheet_are_reduced_and_text_has_the_size_asked_for() -> None:
+    images = noise(6, 64, 96)
+    small = image_grid(images, columns=3, max_size=32)
+    assert 3 * 32 < small.width < 3 * 32 + 70
+    heights = [image_grid(images, ["a"], columns=6, text_size=size).height for size in (10, 40)]
+    assert heights[1] - heights[0] >= 30
+
+
+def test_an_animation_shows_its_frames_forever_and_rests_on_the_last(tmp_path) -> None:
+    frames = [Image.new("RGB", (40, 30), (shade, 90, 40)) for shade in (20, 120, 220)]
+    save_animation(tmp_path / "steps.webp", frames, seconds=0.2, hold=1.0)
+    with Image.open(tmp_path / "steps.webp") as read:
+        assert read.n_frames == 3 and read.info["loop"] == 0
+        read.seek(2)
+        read.load()
+        assert read.info["duration"] == 1000
+        shown = np.asarray(read.convert("RGB"), float).mean(axis=(0, 1))
+    assert np.abs(shown - (220, 90, 40)).max() < 6
+    with pytest.raises(UsageError, match="ends in .webp"):
+        save_animation(tmp_path / "steps.png", frames)

@@ -17,6 +17,7 @@ from diffusion_grpo.prompts import (
     prompt_batch,
     shuffled_place,
     split_prompts,
+    upcoming_prompts,
 )
 
 
@@ -334,3 +335,15 @@ def test_metadata_of_the_shipped_templates_is_what_the_text_says():
         for _, p in prompt_batch(load_prompts("colors_objects"), 0, i, 10)
     )
     assert len(kinds) == 2 and min(kinds.values()) > 140  # of 400; standard deviation 10
+
+
+def test_a_long_list_is_encoded_a_few_iterations_at_a_time():
+    prompts = load_prompts("colors_objects")
+    rows, stop = upcoming_prompts(prompts, 3, range(5, 1000), 8, most=64)
+    visited = {i for n in range(5, 13) for i, _ in prompt_batch(prompts, 3, n, 8)}
+    assert stop == 13 and set(rows) == visited
+    assert sorted(rows.values()) == list(range(len(visited)))
+    assert upcoming_prompts(prompts, 3, range(5, 1000), 100, most=64)[1] == 6
+    assert upcoming_prompts(prompts, 3, range(998, 1000), 8, most=64)[1] == 1000
+    short, stop = upcoming_prompts(_numbered(5), 0, range(2, 9), 2)
+    assert short == {i: i for i in range(5)} and stop == 9

@@ -7,6 +7,7 @@ with flags appended that make the run small (the last flag of a name counts).
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,9 +16,11 @@ from pathlib import Path
 import jax
 import pytest
 from PIL import Image
+from recorded_run import record_run
 from torch_checkpoints import write_pipeline
 
 from diffusion_grpo.cli import main
+from diffusion_grpo.commands.view import make_server
 from diffusion_grpo.config import load_config
 from diffusion_grpo.metrics import read_metrics
 
@@ -49,8 +52,33 @@ SCORE = (
     "score --reward contrast.py sharpness=10 --images pictures --prompts my_prompts.txt "
     "--output scores.csv"
 )
+# Runs are those that `recorded_run` writes; --quiet leaves the standard error to warnings.
+FEW = ["--num-steps", "2", "--batch-size", "4", "--quiet"]
+LOOK = {
+    "report runs/demo runs/mine --output both.html": [],
+    "compare runs/demo --reward clip --output compare.png": [*FEW, "--reward", "jpeg_size"],
+    "compare runs/demo --strip strip.png --animation lapse.webp": [],
+    "evaluate runs/demo --base runs/demo@base --reward clip jpeg_size": [
+        *FEW,
+        "--reward",
+        "jpeg_size",
+        "--num-prompts",
+        "2",
+        "--num-images",
+        "1",
+    ],
+    'sample --model runs/demo --prompts "a {color} star" --sampler dpm++ --singles stars': [
+        *FEW,
+        "--num-prompts",
+        "2",
+        "--num-images",
+        "1",
+    ],
+    'sample --model runs/demo --prompt "two red circles" --animate denoising.webp': FEW,
+}
 # Run as they are, or in parts: `make demo` by its recipe, `pip install` by the extra's name.
-OTHERS = {SAMPLE, "list rewards", CHECK, SCORE, SERVE}
+OTHERS = {SAMPLE, CHECK, SCORE, SERVE, "view runs/demo"}
+OTHERS |= {"list rewards", "list prompts", "list metrics"}
 
 
 def commands():
@@ -58,7 +86,8 @@ def commands():
     found = [line for _, block in BLOCKS for line in re.findall(f"({COMMAND})$", block, re.M)]
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     found += re.findall(f"`({COMMAND})`", text)
-    return [line.partition("diffusion-grpo ")[2].strip() for line in found]
+    words = [line.partition("diffusion-grpo ")[2] for line in found]
+    return [re.sub(r"\s+#.*", "", line).strip() for line in words]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +111,7 @@ def folder(pipeline, tmp_path, monkeypatch):
 
 
 def test_every_command_of_the_readme_is_run_here():
-    assert sorted(commands()) == sorted([*TRAIN, *OTHERS])
+    assert sorted(commands()) == sorted([*TRAIN, *LOOK, *OTHERS])
 
 
 @pytest.mark.parametrize("line", TRAIN)
@@ -119,9 +148,40 @@ def test_reward_is_served(folder):
         server.terminate()
 
 
-def test_rewards_are_listed(capsys):
-    assert main(["list", "rewards"]) == 0
-    assert {"clip", "jpeg_size"} <= set(capsys.readouterr().out.split())
+def record(folder, name):
+    """Make a run of what is there: pictures and numbers without training."""
+    record_run(folder / "recorded" / name, iterations=2, evaluate_every=1, heldout=4)
+    run = folder / "runs" / name
+    shutil.copytree(folder / "recorded" / name, run, dirs_exist_ok=True)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("shapes-diffusion", "path/to/checkpoint"))
+    return run
+
+
+@pytest.mark.parametrize("line", LOOK)
+def test_lines_that_look_at_runs_run(folder, line, capsys):
+    for name in ("demo", "mine"):
+        record(folder, name)
+    assert main([*shlex.split(line), *LOOK[line]]) == 0
+    written = capsys.readouterr().out.splitlines()
+    assert written and all((folder / path).is_file() for path in written)
+    assert {word for word in shlex.split(line) if "." in word} <= {*written, "lapse.webp"}
+
+
+def test_viewing_line_serves_the_page(folder):
+    run = record(folder, "demo")
+    with make_server([str(run)]) as server:
+        assert server.server_address[0] == "127.0.0.1"
+
+
+def test_what_comes_with_the_project_is_listed(capsys):
+    for kind, names in {
+        "rewards": {"clip", "jpeg_size"},
+        "prompts": {"animals", "counting"},
+        "metrics": {"kl", "reward/mean"},
+    }.items():
+        assert main(["list", kind]) == 0
+        assert names <= set(capsys.readouterr().out.split())
 
 
 def test_make_targets_of_the_documents_exist_and_train_the_demo(tmp_path):
@@ -138,4 +198,5 @@ def test_make_targets_of_the_documents_exist_and_train_the_demo(tmp_path):
 def test_extras_of_the_readme_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = set(re.findall(r"'\.\[(\w+)\]'", README))
-    assert extras == {"cuda", "tpu", "serve"} and extras <= set(project["optional-dependencies"])
+    assert extras == {"cuda", "tpu", "serve", "tensorboard"}
+    assert extras <= set(project["optional-dependencies"])

@@ -66,7 +66,6 @@ def clip_config(vocabulary: int) -> Any:
     """Return the transformers configuration of the CLIP model, given its tokenizer's size."""
     from transformers import CLIPConfig
 
-
     def tower(width: int) -> dict[str, int]:
         return {
             "hidden_size": width,

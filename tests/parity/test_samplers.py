@@ -46,6 +46,8 @@ run = jax.jit(lambda solver, x, keys: solve(denoiser, solver, x, keys, 0.1, prev
     ("sampler", "spacing", "prediction"),
     list(product(SAMPLERS, ("leading", "trailing", "linspace"), ("epsilon", "v_prediction"))),
 )
+# Diffusers hands torch tensors to np.array, which NumPy 2 deprecates
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 @pytest.mark.parametrize("steps", [12, 25])
 def test_final_latents_equal_diffusers(sampler, spacing, prediction, steps, monkeypatch):
     options = STABLE_DIFFUSION | {"timestep_spacing": spacing, "prediction_type": prediction}
@@ -84,7 +86,9 @@ def test_final_latents_equal_diffusers(sampler, spacing, prediction, steps, monk
 @pytest.mark.parametrize("sampler", ["dpm++", "euler", "ddpm"])
 def test_perfect_prediction_is_recovered_exactly(sampler):
     """Whatever the coefficients: a network that knows x₀ leads every sampler to it."""
-    config = SchedulerConfig.from_dict(STABLE_DIFFUSION | {"prediction_type": "sample"})
+    config = SchedulerConfig.from_dict(
+        STABLE_DIFFUSION | {"prediction_type": "sample", "clip_sample": False}
+    )
     target = jnp.asarray(latents(3))
     final, _ = solve(
         lambda x, t, conditioning: target,

@@ -1,0 +1,1 @@
+"""The commands that look at models and runs; `cli.py` hands their words to them."""

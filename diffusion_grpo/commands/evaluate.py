@@ -1,0 +1,205 @@
+"""`diffusion-grpo evaluate`: rewards of a model on held-out prompts, with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from diffusion_grpo.commands.common import Talk, check_output, parse, read_prompts
+from diffusion_grpo.commands.models import find_model
+from diffusion_grpo.commands.sample import check_dtype, check_sampler
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.sampling import SamplingDefaults
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Score what a model draws for held-out prompts at fixed seeds, and compare it with a base.
+
+    Every sampler is evaluated: what users run is deterministic, what training saw is not. Means
+    have bootstrap intervals over prompts; the win rate against the base at the same prompts and
+    seeds has Wilson's. With a base of the same architecture, the KL to it is measured too.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A checkpoint, or a run, which stands for the model it trained; RUN@best, RUN@base."""
+    reward: tuple[str, ...] = ("clip",)
+    """Rewards, in the form of train --reward."""
+    reward_options: tuple[str, ...] = ()
+    """NAME.OPTION=VALUE each."""
+    base: str | None = None
+    """The model to compare with, as the model is given."""
+    prompts: str = "shapes_heldout"
+    """Prompt list: a name, a file, or a template. Metadata with a task give a table by task."""
+    num_prompts: int = 64
+    """At most so many prompts, from the first."""
+    num_images: int = 2
+    """Images of each prompt; 2 or more measure the diversity."""
+    samplers: tuple[str, ...] = ("ddim", "ddpm")
+    """ddim (deterministic), ddpm (stochastic), dpm++ and euler."""
+    seed: int = 0
+    """Seed of the noise."""
+    num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """T; the default is what the model says, or 50."""
+    guidance_scale: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """s; the default is what the model says, or 5."""
+    negative_prompt: str = ""
+    """Text of the unconditional half of the guidance."""
+    output: Path = Path("evaluation.json")
+    """The numbers; the same name with .md gets them as tables."""
+    batch_size: int = 16
+    """Images drawn at a time."""
+    dtype: str = "float32"
+    """Compute dtype: float32 or bfloat16."""
+    quiet: bool = False
+    """Say nothing but errors and what was written."""
+    verbose: bool = False
+    """Say more."""
+
+
+def run(words: Sequence[str]) -> list[Path]:
+    """Evaluate and write; returns what was written."""
+    options = parse(EvaluateOptions, words, "diffusion-grpo evaluate")
+    for name in ("num_prompts", "num_images", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name} is {getattr(options, name)}; expected 1 or more")
+    if not options.samplers:
+        raise UsageError("samplers is empty; expected one or more, such as ddim")
+    for sampler in options.samplers:
+        check_sampler(sampler, 0.0)
+    check_dtype(options.dtype)
+    path = check_output(options.output, (".json",))
+    talk = Talk(options.quiet, options.verbose)
+    prompts = read_prompts((), options.prompts, options.num_prompts)
+    places = [find_model(word) for word in (options.model, options.base) if word is not None]
+
+    from diffusion_grpo.evaluate import Evaluation
+    from diffusion_grpo.evaluation_summary import summarize, to_markdown
+    from diffusion_grpo.pipeline import generate
+    from diffusion_grpo.pretrained import DTYPES, StableDiffusion
+    from diffusion_grpo.reward import RewardSet, parse_reward_specs
+
+    rewards = RewardSet.load(parse_reward_specs(options.reward, options.reward_options))
+    dtype = DTYPES[options.dtype]
+    models = [
+        StableDiffusion.from_pretrained(place, dtype=dtype, param_dtype=dtype) for place in places
+    ]
+    own = models[0].sampling or SamplingDefaults()
+    settings: dict[str, Any] = {
+        "num_steps": options.num_steps or own.num_steps,
+        "guidance_scale": own.guidance_scale
+        if options.guidance_scale is None
+        else options.guidance_scale,
+        "negative_prompt": options.negative_prompt,
+        "seed": options.seed,
+    }
+    n = options.num_images
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    texts = [prompt.text for prompt in repeated]
+    metadata = [prompt.metadata for prompt in repeated]
+    known = all("task" in one for one in metadata)
+    where: dict[str, Any] = {
+        "prompt_index": [i for i in range(len(prompts)) for _ in range(n)],
+        "image_index": [j for _ in prompts for j in range(n)],
+    }
+    kl = None
+    if len(models) == 2:
+        kl = _divergence(options, models, texts, settings, where, talk)
+
+    sections: dict[str, Any] = {}
+    for sampler in options.samplers:
+        found = []
+        for place, model in zip(places, models, strict=True):
+            with talk.progress(f"{place}, {sampler}", len(texts)) as count:
+                images = generate(
+                    model,
+                    texts,
+                    sampler=sampler,
+                    batch_size=options.batch_size,
+                    on_images=count,
+                    **settings,
+                    **where,
+                )
+            result = rewards(images, texts, metadata)
+            found.append(
+                Evaluation(
+                    images,
+                    texts,
+                    result.scores,
+                    result.total,
+                    trained_on=len(result.scores),
+                    images_per_prompt=n,
+                    tasks=[str(one["task"]) for one in metadata] if known else None,
+                    kl=None if found else kl,
+                )
+            )
+        base = found[1] if len(found) == 2 else None
+        sections[sampler] = summarize(found[0], base)
+        if base is not None:
+            sections[f"{sampler}, base"] = summarize(base)
+    made = {"model": options.model, "base": options.base, "prompts": options.prompts}
+    table = path.with_suffix(".md")
+    text = to_markdown(f"Evaluation of {options.model}", sections)
+    numbers = made | settings | {"samplers": sections}
+    path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    table.write_text(text, encoding="utf-8")
+    talk.say(text)
+    return [path, table]
+
+
+def _divergence(
+    options: EvaluateOptions,
+    models: Sequence[Any],
+    texts: Sequence[str],
+    settings: dict[str, Any],
+    where: dict[str, Any],
+    talk: Talk,
+) -> float | None:
+    """Return the KL of the model to its base along the model's stochastic trajectories.
+
+    None, and a line that says why, where the two do not share a latent or a text encoding.
+    """
+    import jax
+    import numpy as np
+
+    from diffusion_grpo.evaluate import make_trajectory_kl
+    from diffusion_grpo.pipeline import (
+        TrainablePolicy,
+        encode_prompts,
+        latent_shape,
+        padded_chunks,
+    )
+    from diffusion_grpo.rollout import image_keys, initial_noise
+    from diffusion_grpo.schedule import make_schedule
+
+    model, base = models
+    scale = settings["guidance_scale"]
+    policies = [TrainablePolicy(one.unet, scale) for one in models]
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, policy.trained) for policy in policies]
+    if shapes[0] != shapes[1] or model.scheduler_config != base.scheduler_config:
+        talk.say("no KL to the base: its UNet or its noise schedule is another")
+        return None
+    schedule = make_schedule(model.scheduler_config, settings["num_steps"], eta=1.0)
+    measure = make_trajectory_kl(policies[0], schedule, "mean", policies[1])
+    embeddings = encode_prompts(model, [*texts, options.negative_prompt])
+    index = np.array(where["prompt_index"]), np.array(where["image_index"])
+    start = image_keys(options.seed, 0, *index, "evaluation_initial")
+    initial = initial_noise(start, latent_shape(model))
+    keys = image_keys(options.seed, 0, *index, "evaluation_step")
+    parts = [
+        np.asarray(
+            measure(
+                policies[0].trained,
+                initial[rows],
+                keys[rows],
+                (embeddings[rows], embeddings[-1:]),
+            )
+        )
+        for rows in padded_chunks(len(texts), options.batch_size)
+    ]
+    return float(np.concatenate(parts)[: len(texts)].mean())

@@ -1,0 +1,217 @@
+"""`diffusion-grpo sample`: draw images from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from diffusion_grpo.commands.common import Talk, parse, read_prompts
+from diffusion_grpo.commands.models import find_model
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.images import (
+    TEXT_SIZE,
+    check_image_path,
+    image_grid,
+    save_animation,
+    save_image,
+    to_image,
+)
+from diffusion_grpo.sampling import SamplingDefaults
+
+SAMPLERS = ("ddim", "ddpm", "dpm++", "euler")  # samplers.SAMPLERS, which needs JAX
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Draw images from a checkpoint into a grid: rows are prompts, columns are images."""
+
+    prompt: tuple[str, ...] = ()
+    """Prompts; @FILE stands for the prompts of a file."""
+    prompts: str | None = None
+    """A prompt list instead: a name, a file, or a template such as "a {color} {animal}"."""
+    num_prompts: int | None = None
+    """Only so many of the prompts, from the first."""
+    model: str = "shapes-diffusion"
+    """Checkpoint in the Diffusers layout: a directory, an embedded name, or a hub id; or a run."""
+    output: Path | None = Path("grid.png")
+    """The grid to write: .png, .webp or .jpg; None writes no grid."""
+    singles: Path | None = None
+    """A folder for every image as a PNG of its own, with its prompt and settings inside."""
+    animate: Path | None = None
+    """A .webp that shows the denoising: what the model predicts at each step."""
+    num_images: int = 4
+    """Images of each prompt."""
+    seed: int = 0
+    """Seed of the noise; image n of a prompt is the same whatever else is drawn."""
+    sampler: str = "ddim"
+    """ddim, ddpm, dpm++ (DPM-Solver++ 2M) or euler."""
+    num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """T, denoising steps; the default is what the checkpoint says, or 50 if it says nothing."""
+    guidance_scale: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """s, classifier-free guidance; the default is what the checkpoint says, or 5."""
+    eta: float = 0.0
+    """η of the sampler ddim; 0 is deterministic."""
+    negative_prompt: str = ""
+    """Text of the unconditional half of the guidance."""
+    height: int | None = None
+    """In pixels; None takes the checkpoint's."""
+    width: int | None = None
+    """In pixels; None takes the checkpoint's."""
+    columns: int | None = None
+    """Images a row of the grid; None makes a row of each prompt."""
+    cell_size: int | None = None
+    """Longest side of an image in the grid, in pixels; None shows it in full."""
+    font_size: int = TEXT_SIZE
+    """Of the captions, in pixels; 0 draws none."""
+    batch_size: int = 16
+    """Images drawn at a time."""
+    dtype: str = "float32"
+    """Compute dtype: float32 or bfloat16."""
+    quiet: bool = False
+    """Say nothing but errors and what was written."""
+    verbose: bool = False
+    """Say more."""
+
+    def check(self) -> None:
+        """Refuse what no model is needed to refuse.
+
+        Raises:
+            UsageError: an option that is out of bounds.
+        """
+        for name in ("num_images", "batch_size", "num_prompts", "columns", "cell_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; expected 1 or more")
+        if self.font_size < 0:
+            raise UsageError(f"font_size is {self.font_size}; expected 0 or more")
+        check_sampler(self.sampler, self.eta)
+        check_dtype(self.dtype)
+        if not (self.output or self.singles or self.animate):
+            raise UsageError("nothing to write: give --output, --singles or --animate")
+        for path in (self.output, self.animate):
+            if path is not None:
+                check_image_path(path)
+        if self.animate is not None and self.animate.suffix.lower() != ".webp":
+            raise UsageError(
+                f"animate is {str(self.animate)!r}; expected a name that ends in .webp"
+            )
+        if self.singles is not None and self.singles.exists() and not self.singles.is_dir():
+            raise UsageError(f"singles is {str(self.singles)!r}, which is no folder")
+
+
+def check_sampler(sampler: str, eta: float) -> None:
+    """Raise a `UsageError` for a sampler that does not exist, or an η that it does not take."""
+    from diffusion_grpo.errors import suggest
+
+    if sampler not in SAMPLERS:
+        raise UsageError(
+            f"sampler is {sampler!r}{suggest(sampler, SAMPLERS)}; expected one of "
+            f"{', '.join(SAMPLERS)}"
+        )
+    if eta and sampler != "ddim":
+        raise UsageError(f"eta is {eta}, which only the sampler ddim takes")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a `UsageError` for a compute dtype that does not exist."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"dtype is {dtype!r}; expected float32 or bfloat16")
+
+
+def run(words: Sequence[str]) -> list[Path]:
+    """Draw and write; returns what was written."""
+    options = parse(SampleOptions, words, "diffusion-grpo sample")
+    options.check()
+    talk = Talk(options.quiet, options.verbose)
+    prompts = [p.text for p in read_prompts(options.prompt, options.prompts, options.num_prompts)]
+    settings = {"guidance_scale": options.guidance_scale, "num_steps": options.num_steps}
+    given = {name: value for name, value in settings.items() if value is not None}
+    SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
+
+    from diffusion_grpo.pipeline import generate
+    from diffusion_grpo.pretrained import DTYPES, StableDiffusion
+
+    dtype = DTYPES[options.dtype]
+    place = find_model(options.model)
+    model = StableDiffusion.from_pretrained(place, dtype=dtype, param_dtype=dtype)
+    sampling = dataclasses.replace(model.sampling or SamplingDefaults(), **given)
+    talk.say(
+        f"guidance scale {sampling.guidance_scale:g}, {sampling.num_steps} steps of "
+        f"{options.sampler}"
+    )
+    n = options.num_images
+    previews: list[np.ndarray] = []
+    with talk.progress("images", n * len(prompts)) as count:
+        images = generate(
+            model,
+            [text for text in prompts for _ in range(n)],
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            sampler=options.sampler,
+            eta=options.eta,
+            negative_prompt=options.negative_prompt,
+            seed=options.seed,
+            prompt_index=[i for i in range(len(prompts)) for _ in range(n)],
+            image_index=[j for _ in prompts for j in range(n)],
+            height=options.height,
+            width=options.width,
+            batch_size=options.batch_size,
+            on_images=count,
+            on_previews=previews.append if options.animate else None,
+        )
+    made = {
+        "model": options.model,
+        "seed": options.seed,
+        "num_steps": sampling.num_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "sampler": options.sampler,
+        "eta": options.eta,
+        "negative_prompt": options.negative_prompt,
+    }
+    written = []
+    if options.output is not None:
+        grid = _grid(options, images, prompts)
+        save_image(options.output, grid, {"prompt": "\n".join(prompts)} | made)
+        written.append(options.output)
+    if options.singles is not None:
+        written += _write_singles(options.singles, images, prompts, n, made)
+    if options.animate is not None:
+        steps = np.concatenate(previews, axis=1)
+        frames = [_grid(options, step, prompts) for step in (*steps, images)]
+        save_animation(options.animate, frames)
+        written.append(options.animate)
+    return written
+
+
+def _grid(options: SampleOptions, images: np.ndarray, prompts: Sequence[str]) -> Any:
+    columns = options.columns or options.num_images
+    per_image = columns != options.num_images
+    captions = [t for t in prompts for _ in range(options.num_images)] if per_image else prompts
+    return image_grid(
+        images,
+        captions if options.font_size else None,
+        columns=columns,
+        max_size=options.cell_size,
+        text_size=options.font_size or TEXT_SIZE,
+    )
+
+
+def _write_singles(
+    folder: Path, images: np.ndarray, prompts: Sequence[str], each: int, made: dict[str, Any]
+) -> list[Path]:
+    """Write every image as a PNG with its own prompt and number among its prompt's images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for place, image in enumerate(images):
+        text = prompts[place // each]
+        words = re.sub(r"[^\w]+", "_", text).strip("_")[:60]
+        path = folder / f"{place // each:04d}_{place % each:03d}_{words}.png"
+        save_image(path, to_image(image), {"prompt": text} | made | {"image": place % each})
+        written.append(path)
+    return written
