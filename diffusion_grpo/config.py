@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 import yaml
 
+from diffusion_grpo.consistency import check_consistency
 from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.fields import Section, update_section
 from diffusion_grpo.reward_failure import parse_failure_policies
@@ -22,6 +23,7 @@ from diffusion_grpo.sections import (
     EvalConfig,
     GRPOOptions,
     ModelConfig,
+    NFTOptions,
     OptimConfig,
     PromptsConfig,
     RewardConfig,
@@ -35,6 +37,7 @@ __all__ = [
     "EvalConfig",
     "GRPOOptions",
     "ModelConfig",
+    "NFTOptions",
     "OptimConfig",
     "PromptsConfig",
     "RewardConfig",
@@ -57,6 +60,7 @@ class Config:
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig(options=("clip.model=shapes-clip",))
     grpo: GRPOOptions = GRPOOptions()
+    nft: NFTOptions = NFTOptions()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
@@ -99,9 +103,9 @@ class Config:
         """Check that the sections fit each other.
 
         Raises:
-            UsageError: P x G is no multiple of a microbatch; more gradient steps than steps; a
-                ratio without noise; gain weights with too few steps; a malformed reward, one that
-                is both trained on and gold, or an option or failure policy of neither.
+            UsageError: options that do not fit each other (see `check_consistency`); a malformed
+                reward, one that is both trained on and gold, or an option or failure policy of
+                neither.
         """
         # Together, so that an option of no reward and a reward in both lists are found.
         self.reward_settings()
@@ -110,30 +114,7 @@ class Config:
                 f"prompts.heldout_share is {self.prompts.heldout_share}, but prompts.heldout is "
                 f"{self.prompts.heldout!r}; expected one of the two: set prompts.heldout to None"
             )
-        _check_microbatch("rollout.microbatch", self.rollout.microbatch, self.rollout)
-        _check_microbatch("grpo.microbatch", self.grpo.microbatch, self.rollout)
-        steps, gradient_steps = self.rollout.num_steps, self.grpo.gradient_steps
-        if gradient_steps is not None and gradient_steps > steps:
-            raise UsageError(
-                f"grpo.gradient_steps is {gradient_steps}, but rollout.num_steps is {steps}; "
-                f"expected at most {steps}, or None for all of them"
-            )
-        if self.rollout.eta == 0:
-            raise UsageError(
-                f"rollout.eta is 0, so no step has a density and grpo.ratio = {self.grpo.ratio!r} "
-                "has nothing to compare; expected a number above 0, such as 1"
-            )
-        window = self.rollout.window_size
-        if window is not None and self.rollout.window_start + window > steps:
-            raise UsageError(
-                f"rollout.window_start is {self.rollout.window_start} and window_size is {window}, "
-                f"but rollout.num_steps is {steps}; expected a window within the {steps} steps"
-            )
-        if self.grpo.step_weights == "gain" and (window or steps) < 2:
-            raise UsageError(
-                f"grpo.step_weights is 'gain', which drops the last noisy step, but there is only "
-                f"{window or steps}; expected 2 steps or more, or 'uniform' weights"
-            )
+        check_consistency(self)
 
 
 def _options_of(rewards: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
@@ -141,21 +122,6 @@ def _options_of(rewards: Sequence[str], options: Sequence[str]) -> tuple[str, ..
     names = {spec.name for spec in parse_reward_specs(rewards)}
     return tuple(
         option for option in options if option.partition("=")[0].rpartition(".")[0] in names
-    )
-
-
-def _check_microbatch(name: str, microbatch: int, rollout: RolloutConfig) -> None:
-    """Raise a `UsageError` unless the images of an iteration divide into microbatches."""
-    total = rollout.num_images
-    if total % microbatch == 0:
-        return
-    divisors = [size for size in range(1, total + 1) if total % size == 0]
-    near = [max(size for size in divisors if size < microbatch)]
-    near += [size for size in divisors if size > microbatch][:1]
-    raise UsageError(
-        f"{name} is {microbatch}, but an iteration has {rollout.prompts_per_iteration} prompts x "
-        f"{rollout.images_per_prompt} images = {total} images; expected a divisor of {total}, the "
-        f"nearest {'is' if len(near) == 1 else 'are'} {' and '.join(map(str, near))}"
     )
 
 
@@ -176,7 +142,7 @@ def demo() -> Config:
             rewards=("clip=1.0",), options=("clip.model=shapes-clip", "shapes.partial_credit=false")
         ),
         grpo=GRPOOptions(
-            clip_low=4e-3, clip_high=4e-3, beta=0.01, updates_per_rollout=1, microbatch=32
+            clip_low=2.9e-4, clip_high=2.9e-4, beta=0.01, updates_per_rollout=1, microbatch=32
         ),
         optim=OptimConfig(learning_rate=3e-4, beta2=0.99, warmup_iterations=4),
         eval=EvalConfig(num_prompts=360, num_steps=20, gold=("shapes",)),

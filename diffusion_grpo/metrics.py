@@ -14,10 +14,14 @@ held-out prompts.
 | `advantage/zero_groups` | share | groups whose rewards are all equal, which teach nothing |
 | `loss` | 1 | what is minimized: policy loss + β · KL − entropy term, mean over updates |
 | `policy_loss` | 1 | the clipped surrogate alone |
-| `kl` | nats* | KL(π_θ ‖ π_ref), as configured |
+| `kl` | nats* | KL(π_θ ‖ π_ref), as configured; for `nft` mean square difference of outputs |
+| `beta` | 1 | β, the weight of the KL, which a target KL adapts |
 | `approx_kl` | nats* | KL(π_old ‖ π_θ) estimated from the ratios |
-| `ratio/mean`, `ratio/min`, `ratio/max` | 1 | ρ = π_θ / π_old |
-| `clip_fraction` | share | ratios outside of [1 − ε_low, 1 + ε_high] |
+| `ratio/mean`, `ratio/min`, `ratio/max` | 1 | ρ = π_θ / π_old, or / π_ref by `ratio_base` |
+| `clip_fraction` | share | ratios on the side of the clip range where they have no gradient |
+| `entropy` | nats* | of the steps that are learned from, summed |
+| `noise_scale/min`, `noise_scale/max` | 1 | learned factor of the steps' noise |
+| `old_distance` | output² | for `nft`: mean square difference of the outputs to the old policy |
 | `grad_norm` | 1 | global gradient norm before clipping |
 | `skipped` | updates | left out because their gradient was not finite |
 | `learning_rate` | 1 | of the last update |

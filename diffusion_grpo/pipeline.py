@@ -23,7 +23,7 @@ from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
 from diffusion_grpo.samplers import Solver, make_solver, solve
 from diffusion_grpo.sampling import SamplingDefaults
-from diffusion_grpo.schedule import Schedule
+from diffusion_grpo.schedule import Schedule, scaled_noise
 
 CHUNK = 16  # prompts encoded at a time
 
@@ -72,30 +72,55 @@ class TrainablePolicy:
     Attributes:
         trained: the initial trained parameters, float32; they are the reference policy's too.
         frozen: the other parameters.
+        learns_noise: whether the trained parameters hold a log noise scale of each step.
     """
 
-    def __init__(self, unet: nnx.Module, guidance_scale: float, trainable: Any = nnx.Param):
+    def __init__(
+        self,
+        unet: nnx.Module,
+        guidance_scale: float,
+        trainable: Any = nnx.Param,
+        *,
+        noise_steps: int | None = None,
+    ):
         """Split a UNet.
 
         Args:
             unet: the network; adapters already attached.
             guidance_scale: s of classifier-free guidance.
             trainable: NNX filter of the trained parameters (`LoRAParam` for an adapter).
+            noise_steps: T, to train a log noise scale of each of the rollout's steps too, from 0;
+                None leaves the noise as scheduled.
         """
-        self._graphdef, self.trained, self.frozen = nnx.split(unet, trainable, ...)
+        self._graphdef, network, self.frozen = nnx.split(unet, trainable, ...)
         self._guidance_scale = guidance_scale
+        self.learns_noise = noise_steps is not None
+        self.trained: Any = network
+        if noise_steps is not None:
+            self.trained = {
+                "unet": network,
+                "log_noise_scale": jnp.zeros(noise_steps, jnp.float32),
+            }
 
     def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
         """Return the guided denoiser with the given parameters."""
+        network = self._network(trained)
 
         def apply(sample: Array, timesteps: Array, embeddings: Array) -> Array:
-            return nnx.merge(self._graphdef, trained, frozen)(sample, timesteps, embeddings)
+            return nnx.merge(self._graphdef, network, frozen)(sample, timesteps, embeddings)
 
         return guided(apply, self._guidance_scale)
 
+    def noise(self, trained: Any, schedule: Schedule) -> Schedule:
+        """Return the rollout's schedule with the policy's own noise, where it learns one."""
+        return scaled_noise(schedule, trained["log_noise_scale"]) if self.learns_noise else schedule
+
     def unet(self, trained: Any) -> Any:
         """Return the network with the given trained parameters."""
-        return nnx.merge(self._graphdef, trained, self.frozen)
+        return nnx.merge(self._graphdef, self._network(trained), self.frozen)
+
+    def _network(self, trained: Any) -> Any:
+        return trained["unet"] if self.learns_noise else trained
 
 
 def make_policy(
@@ -103,6 +128,7 @@ def make_policy(
     *,
     guidance_scale: float,
     lora: dict[str, Any] | None = None,
+    noise_steps: int | None = None,
     seed: int = 0,
 ) -> TrainablePolicy:
     """Prepare a checkpoint's UNet for training.
@@ -111,12 +137,13 @@ def make_policy(
         model: the pipeline; with an adapter, its UNet gains the adapter's layers.
         guidance_scale: s of classifier-free guidance, in sampling and update alike.
         lora: `targets`, `rank`, `alpha` of the adapter; None trains all parameters.
+        noise_steps: T, to learn a noise scale of each of the rollout's steps; None for none.
         seed: of the adapter's initial values.
     """
     if lora is None:
-        return TrainablePolicy(model.unet, guidance_scale)
+        return TrainablePolicy(model.unet, guidance_scale, noise_steps=noise_steps)
     attach_lora(model.unet, rngs=nnx.Rngs(seed), **lora)
-    return TrainablePolicy(model.unet, guidance_scale, LoRAParam)
+    return TrainablePolicy(model.unet, guidance_scale, LoRAParam, noise_steps=noise_steps)
 
 
 def make_decoder(model: StableDiffusion) -> Callable[[Float[Array, "B h w c"]], Any]:

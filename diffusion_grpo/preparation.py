@@ -9,17 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from diffusion_grpo.config import Config, OptimConfig, to_yaml
+from diffusion_grpo.config import Config, to_yaml
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.gaussian import Reduction
+from diffusion_grpo.pipeline import TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt
-from diffusion_grpo.reward import RewardResult, RewardSet, Scoring
+from diffusion_grpo.reward import RewardSet, Scoring
 from diffusion_grpo.rollout import Trajectory, sample
 from diffusion_grpo.schedule import Schedule
-from diffusion_grpo.update import reference_means
+from diffusion_grpo.trajectories import PolicySteps, UpdateBatch, policy_steps
 
 
 def check_directory(config: Config, resume: bool) -> Path:
@@ -74,8 +74,13 @@ def check_prompts(
         judges.check(texts, metadata, group_size=group_size, what=what)
 
 
-def make_directory(config: Config, directory: Path) -> None:
+def make_directory(config: Config, directory: Path, notes: Sequence[str] = ()) -> None:
     """Make the run directory with its `config.yaml`, if it is not there.
+
+    Args:
+        config: the run's.
+        directory: of the run.
+        notes: what follows from the configuration, written above it as comments.
 
     Raises:
         UsageError: it cannot be written.
@@ -83,7 +88,8 @@ def make_directory(config: Config, directory: Path) -> None:
     try:
         (directory / "samples").mkdir(parents=True, exist_ok=True)
         if not (directory / "config.yaml").is_file():
-            (directory / "config.yaml").write_text(to_yaml(config))
+            text = "".join(f"# {note}\n" for note in notes) + to_yaml(config)
+            (directory / "config.yaml").write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(
             f"output directory {directory} cannot be written ({error.strerror}); choose another "
@@ -116,33 +122,13 @@ def lora_options(config: Config) -> dict[str, Any] | None:
     }
 
 
-def make_optimizer(
-    options: OptimConfig, updates_per_rollout: int
-) -> tuple[optax.GradientTransformation, Any]:
-    """Return AdamW behind a clip of the global gradient norm, and iteration → learning rate."""
-
-    def rate(step: Any) -> Any:
-        ramp = (step // updates_per_rollout + 1) / (options.warmup_iterations + 1)
-        return options.learning_rate * jnp.minimum(1.0, ramp)
-
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(options.max_grad_norm),
-        optax.adamw(
-            rate,
-            b1=options.beta1,
-            b2=options.beta2,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-        ),
-    )
-    return optimizer, lambda iteration: float(rate(iteration * updates_per_rollout))
-
-
-def make_rollout(config: Config, denoiser: Any) -> Any:
+def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Trajectory]:
     """Compile the sampler of one microbatch, and run it over all images of an iteration.
 
-    `on_chunk` of the function returned is called with each microbatch's trajectory as soon as it is
-    on its way, before the next one is begun.
+    Returns:
+        (trained, frozen, schedule, initial noise, keys, conditioning, on_chunk=…) → the
+        trajectories; `on_chunk` is called with each microbatch's clean latents as soon as they are
+        on their way, before the next microbatch is begun.
     """
     reduction = config.grpo.log_prob_reduction
     storage = DTYPES[config.rollout.storage_dtype]
@@ -152,8 +138,8 @@ def make_rollout(config: Config, denoiser: Any) -> Any:
         trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
     ) -> Trajectory:
         return sample(
-            denoiser(trained, frozen),
-            schedule,
+            policy.denoiser(trained, frozen),
+            policy.noise(trained, schedule),
             noise,
             keys,
             conditioning,
@@ -169,17 +155,14 @@ def make_rollout(config: Config, denoiser: Any) -> Any:
         keys: Any,
         conditioning: Any,
         *,
-        on_chunk: Callable[[Trajectory], None] | None = None,
+        on_chunk: Callable[[jax.Array], None] | None = None,
     ) -> Trajectory:
-        size = config.rollout.microbatch
-        embeddings, negative = conditioning
         parts = []
-        for i in range(0, len(noise), size):
-            rows = slice(i, i + size)
-            part = (noise[rows], keys[rows], (embeddings[rows], negative))
+        for rows in chunks(len(noise), config.rollout.microbatch):
+            part = (noise[rows], keys[rows], of_rows(conditioning, rows))
             parts.append(chunk(trained, frozen, schedule, *part))
             if on_chunk is not None:
-                on_chunk(parts[-1])
+                on_chunk(parts[-1].final)
         return Trajectory(
             jnp.concatenate([p.latents for p in parts], axis=1),
             parts[0].timesteps,
@@ -189,53 +172,80 @@ def make_rollout(config: Config, denoiser: Any) -> Any:
     return draw
 
 
-def make_reference(config: Config, denoiser: Any) -> Any:
-    """Compile the reference's means of the recorded steps, a microbatch of images at a time."""
-    compiled = jax.jit(
-        lambda reference, frozen, *args: reference_means(denoiser(reference, frozen), *args)
-    )
+def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., jax.Array]:
+    """Compile the sampler that keeps the clean latents alone; called as `make_rollout`'s."""
+    draw = make_sampler(policy)
 
-    def refer(
-        reference: Any,
+    def final(
+        trained: Any,
         frozen: Any,
         schedule: Schedule,
-        latents: Any,
+        noise: Any,
+        keys: Any,
         conditioning: Any,
-        active: Any,
-    ) -> Any:
-        embeddings, negative = conditioning
+        *,
+        on_chunk: Callable[[jax.Array], None] | None = None,
+    ) -> jax.Array:
         parts = []
-        for i in range(0, latents.shape[1], config.rollout.microbatch):
-            rows = slice(i, i + config.rollout.microbatch)
-            part = (latents[:, rows], (embeddings[rows], negative))
-            parts.append(compiled(reference, frozen, schedule, *part, active))
-        return jnp.concatenate(parts, axis=1)
+        for rows in chunks(len(noise), config.rollout.microbatch):
+            part = (noise[rows], keys[rows], of_rows(conditioning, rows))
+            parts.append(draw(trained, frozen, schedule, *part))
+            if on_chunk is not None:
+                on_chunk(parts[-1])
+        return jnp.concatenate(parts)
 
-    return refer
-
-
-def decode_and_score(decode: Any, images: list[Any], scoring: Scoring, part: Trajectory) -> None:
-    """Decode what was just drawn, keep the images, and hand them to the rewards."""
-    images.append(decode(part.final))
-    scoring.add(images[-1])
+    return final
 
 
-def kept_advantages(
-    advantages: Callable[[jax.Array], jax.Array], result: RewardResult
-) -> jax.Array:
-    """Return the advantages of an iteration; those of a dropped group, which has none, are 0.
+def make_policy_steps(
+    policy: TrainablePolicy, *, size: int, reduction: Reduction, means: bool
+) -> Callable[..., PolicySteps]:
+    """Compile what a policy says of recorded steps, `size` images at a time.
 
-    Args:
-        advantages: totals of whole groups to their advantages.
-        result: what the images scored.
+    Returns:
+        (trained, frozen, schedule, batch, active steps) → its steps.
     """
-    (rows,) = np.nonzero(result.kept)
-    found = advantages(jnp.asarray(result.total[rows]))
-    return (
-        found
-        if len(rows) == len(result.total)
-        else jnp.zeros(len(result.total)).at[rows].set(found)
-    )
+
+    @jax.jit
+    def chunk(
+        trained: Any, frozen: Any, schedule: Schedule, batch: UpdateBatch, active: Any
+    ) -> PolicySteps:
+        return policy_steps(
+            policy.denoiser(trained, frozen),
+            schedule,
+            batch.trajectory.latents,
+            batch.conditioning,
+            active,
+            reduction=reduction,
+            means=means,
+        )
+
+    def steps(
+        trained: Any, frozen: Any, schedule: Schedule, batch: UpdateBatch, active: Any
+    ) -> PolicySteps:
+        parts = [
+            chunk(trained, frozen, schedule, batch.take(rows), active)
+            for rows in chunks(len(batch.advantages), size)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
+
+    return steps
+
+
+def chunks(count: int, size: int) -> list[slice]:
+    """Return the rows of `count` images, `size` at a time."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def of_rows(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
+    """Return the conditioning of some images: their prompts, and the negative one of all."""
+    return conditioning[0][rows], conditioning[1]
+
+
+def decode_and_score(decode: Any, images: list[Any], scoring: Scoring, latents: jax.Array) -> None:
+    """Decode what was just drawn, keep the images, and hand them to the rewards."""
+    images.append(decode(latents))
+    scoring.add(images[-1])
 
 
 def decode_chunks(decode: Any, latents: jax.Array, size: int) -> jax.Array:

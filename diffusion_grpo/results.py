@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from diffusion_grpo.advantages import uninformative_groups
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation, standard_error
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
@@ -23,6 +26,14 @@ def update_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
     reduce = {"ratio/min": np.min, "ratio/max": np.max, "skipped": np.sum}
     names = history[-1].keys()
     return {name: float(reduce.get(name, np.mean)([h[name] for h in history])) for name in names}
+
+
+def zero_groups(scores: Mapping[str, np.ndarray], kept: np.ndarray, group_size: int) -> float:
+    """Return the share of the groups kept in which every reward is the same for all images."""
+    each = [
+        uninformative_groups(jnp.asarray(values[kept]), group_size) for values in scores.values()
+    ]
+    return float(jnp.stack(each).all(axis=0).mean())
 
 
 def describe(evaluation: Evaluation, when: str) -> str:

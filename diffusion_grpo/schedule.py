@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from diffusion_grpo.errors import UsageError
@@ -36,23 +35,21 @@ __all__ = [
     "Reduction",
     "Schedule",
     "SchedulerConfig",
-    "StepWeights",
     "TimestepSpacing",
     "add_noise",
     "alphas_cumprod",
     "epsilon_x0",
+    "flow_step_sizes",
     "gaussian_kl",
     "gaussian_log_prob",
     "make_schedule",
     "predict_epsilon_x0",
+    "scaled_noise",
     "spaced_timesteps",
     "step_distribution",
     "step_sensitivity",
-    "step_weights",
     "velocity",
 ]
-
-StepWeights = Literal["uniform", "gain"]
 
 
 @jax.tree_util.register_dataclass
@@ -302,37 +299,31 @@ def step_sensitivity(schedule: Schedule) -> Float[Array, " T"]:
     return jnp.where(stochastic, jnp.abs(schedule.output_gain) / safe, 0.0)
 
 
-def step_weights(schedule: Schedule, kind: StepWeights) -> Float[Array, " T"]:
-    """Return w_t of the trajectory log-prob Σ_t w_t log p_t.
+def flow_step_sizes(schedule: Schedule) -> Float[Array, " T"]:
+    """Return dt of each step in the time of flow matching, τ = √(1−ᾱ)/(√ᾱ + √(1−ᾱ)).
 
-    `uniform`: 1 on the stochastic steps, the density itself. `gain`: 1/(s_t/mean(s)), s_t the
-    `step_sensitivity`, on the stochastic steps but the last, the mean taken over those same steps.
-    Without it the ratio of an η = 1 trajectory is one of the last steps' pixels only.
+    x_t/(√ᾱ + √(1−ᾱ)) = (1−τ) x₀ + τ ε is a point of the straight path that flow models follow, so
+    τ_t − τ_s is what Flow-GRPO calls dt.
 
     Args:
         schedule: T steps.
-        kind: which weights.
 
     Returns:
-        float32 [T]; 0 for the steps that take no part.
-
-    Raises:
-        UsageError: `gain` where fewer than two steps are stochastic, so that none is left.
+        float32 [T], positive; they sum to τ of the first timestep less that of the end.
     """
-    stochastic = schedule.stochastic
-    if kind == "uniform":
-        return stochastic.astype(jnp.float32)
-    if not isinstance(stochastic, Tracer) and int(stochastic.sum()) < 2:
-        raise UsageError(
-            f"step_weights 'gain' drops the last stochastic step, and this schedule has only "
-            f"{int(stochastic.sum())}. Use 'uniform' or make more steps stochastic."
-        )
-    later = jnp.cumsum(stochastic[::-1].astype(jnp.int32))[::-1]  # stochastic steps from t on
-    used = stochastic & (later > 1)
-    sensitivity = step_sensitivity(schedule)
-    count = jnp.maximum(used.sum(), 1).astype(jnp.float32)
-    mean = jnp.where(used, sensitivity, 0.0).sum() / count
-    return jnp.where(used, mean / jnp.where(used, sensitivity, 1.0), 0.0)
+    next_noise = jnp.sqrt(jnp.maximum(1 - jnp.square(schedule.next_signal_scale), 0.0))
+    now = schedule.noise_scale / (schedule.signal_scale + schedule.noise_scale)
+    return now - next_noise / (schedule.next_signal_scale + next_noise)
+
+
+def scaled_noise(schedule: Schedule, log_scale: Float[Array, " T"]) -> Schedule:
+    """Return the schedule with σ_t exp(s_t) in place of σ_t; the means stay as they are.
+
+    Args:
+        schedule: T steps.
+        log_scale: s_t; without effect on a deterministic step.
+    """
+    return replace(schedule, std=schedule.std * jnp.exp(log_scale))
 
 
 def _forward_scales(table: Any, timesteps: Array, ndim: int) -> tuple[Array, Array]:

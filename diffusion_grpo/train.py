@@ -21,24 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_grpo.checkpoint import Checkpoints
-from diffusion_grpo.config import Config, RolloutConfig
+from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation, Evaluator
-from diffusion_grpo.grpo import group_advantages, uninformative_groups
 from diffusion_grpo.images import image_grid, save_image
 from diffusion_grpo.interrupt import StopRequest
+from diffusion_grpo.learner import LearnerState, image_advantages, penalized
+from diffusion_grpo.learning import make_learner
 from diffusion_grpo.metrics import MetricsLog, Progress
 from diffusion_grpo.pipeline import encode_prompts, latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
     check_directory,
     check_prompts,
     decode_and_score,
-    kept_advantages,
     load_model,
     lora_options,
     make_directory,
-    make_optimizer,
-    make_reference,
-    make_rollout,
 )
 from diffusion_grpo.pretrained import check_layout, local_directory
 from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch, upcoming_prompts
@@ -49,12 +46,11 @@ from diffusion_grpo.results import (
     save_evaluation_grid,
     save_results,
     update_metrics,
+    zero_groups,
 )
 from diffusion_grpo.reward import RewardSet
 from diffusion_grpo.rollout import image_keys, initial_noise
-from diffusion_grpo.schedule import Schedule, make_schedule, step_weights
 from diffusion_grpo.trackers import check_trackers
-from diffusion_grpo.update import LossConfig, TrainState, UpdateBatch, make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,32 +102,22 @@ def train(
     check_prompts(config, prompts, heldout, rewards, gold)
     check_trackers(config)
     model = load_model(config, source)
-    make_directory(config, directory)
 
-    # The policy, its optimizer, and the compiled pieces of an iteration.
+    # The policy, its algorithm, and the compiled pieces of an iteration.
     options, rollout, seed = config.grpo, config.rollout, config.run.seed
     policy = make_policy(
-        model, guidance_scale=rollout.guidance_scale, lora=lora_options(config), seed=seed
+        model,
+        guidance_scale=rollout.guidance_scale,
+        lora=lora_options(config),
+        noise_steps=rollout.num_steps if options.learn_noise_scale else None,
+        seed=seed,
     )
-    optimizer, learning_rate = make_optimizer(config.optim, options.updates_per_rollout)
-    loss = LossConfig(
-        ratio=options.ratio,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        reduction=options.log_prob_reduction,
-        beta=options.beta,
-        microbatch=options.microbatch,
-    )
-    update = make_update(policy.denoiser, loss, optimizer)
-    draw = make_rollout(config, policy.denoiser)
-    refer = make_reference(config, policy.denoiser) if options.beta else None
-    decode = make_decoder(model)
     shape = latent_shape(model, rollout.height, rollout.width)
+    learner = make_learner(config, policy, model.scheduler_config, shape)
+    make_directory(config, directory, learner.notes)
+    decode = make_decoder(model)
     evaluator = Evaluator(config, model, policy, heldout, rewards, gold)
-    reference = policy.trained
-    # A copy: the update donates its state, and the reference must outlive it.
-    trained = jax.tree.map(jnp.copy, reference)
-    state = TrainState(trained, optimizer.init(trained))
+    state = learner.init(len(prompts))
 
     checkpoints = Checkpoints(directory / "checkpoints")
     start = 0
@@ -150,9 +136,11 @@ def train(
         Recorder(config, directory, start=start) as recorder,
         StopRequest() as stop,
     ):
+        for note in learner.notes:
+            progress.message(note)
         progress.message(f"evaluating before training on {evaluator.description}")
         with checkpoints.kept(start, leaves(state), resume=again):
-            before = evaluator(reference)
+            before = evaluator(policy.trained)
         progress.message(describe(before, "before"))
         recorder.evaluation(0, before)
         save_evaluation_grid(before, directory / "samples" / "before.png", "before training")
@@ -172,14 +160,6 @@ def train(
             conditioning = (embeddings[np.array([rows[i] for i in index])], embeddings[-1:])
 
             # rollout, decode, reward: host rewards score a chunk while the next one is drawn
-            schedule = make_schedule(
-                model.scheduler_config,
-                rollout.num_steps,
-                eta=rollout.eta,
-                stochastic_steps=noisy_steps(rollout, iteration),
-            )
-            weights = step_weights(schedule, options.step_weights)
-            active = active_steps(schedule, weights)
             first = np.zeros_like(group) if rollout.same_initial_noise else group
             start_keys = image_keys(seed, iteration, index, first, "initial_noise")
             step_keys = image_keys(seed, iteration, index, group, "step_noise")
@@ -190,10 +170,9 @@ def train(
                 rewards.start(texts, metadata, group_size=group_size, may_drop=True) as scoring,
             ):
                 chunks: list[jax.Array] = []
-                trajectory = draw(
-                    state.params,
-                    policy.frozen,
-                    schedule,
+                drawn = learner.sample(
+                    state,
+                    iteration,
                     noise,
                     step_keys,
                     conditioning,
@@ -207,52 +186,35 @@ def train(
                 progress.message(note)
 
             # advantages, within each group
-            advantages = kept_advantages(
-                partial(
-                    group_advantages,
-                    group_size=group_size,
-                    kind=options.advantage,
-                    eps=options.advantage_eps,
-                    clip=options.advantage_clip,
-                ),
-                result,
+            advantages, history = image_advantages(
+                options,
+                result.scores,
+                penalized(result.total, state, drawn),
+                rewards.weights,
+                kept=result.kept,
+                group_size=group_size,
+                prompt_index=index,
+                history=state.history,
             )
             scored = time.perf_counter()
 
             # update
-            means = (
-                refer(reference, policy.frozen, schedule, trajectory.latents, conditioning, active)
-                if refer
-                else None
+            if iteration == start and (drift := learner.probe(state, drawn)):
+                progress.message(drift)
+            loss_keys = image_keys(seed, iteration, index, group, "loss")
+            state, updates = learner.learn(
+                state._replace(history=history), drawn, advantages, iteration, loss_keys
             )
-            data = UpdateBatch(trajectory, conditioning, advantages, means)
-            history = []
-            for number in range(options.updates_per_rollout):
-                steps = choose_steps(active, options.gradient_steps, (seed, iteration, number))
-                state, values = update(
-                    state,
-                    policy.frozen,
-                    schedule,
-                    data,
-                    weights,
-                    active,
-                    steps,
-                    on_policy=number == 0,
-                )
-                history.append(values)
-            history = jax.device_get(history)
             updated = time.perf_counter()
 
             # report
             metrics = {
                 **result.metrics(),
-                **update_metrics(history),
+                **update_metrics(updates),
                 "advantage/mean": float(advantages.mean()),
                 "advantage/std": float(advantages.std()),
-                "advantage/zero_groups": float(
-                    uninformative_groups(jnp.asarray(result.total[result.kept]), group_size).mean()
-                ),
-                "learning_rate": learning_rate(iteration),
+                "advantage/zero_groups": zero_groups(result.scores, result.kept, group_size),
+                "learning_rate": learner.learning_rate(iteration),
                 "time/sample": sampled - began,
                 "time/reward": scored - sampled,
                 "time/update": updated - scored,
@@ -272,14 +234,14 @@ def train(
             try:
                 if evaluation_due(config, done):
                     with checkpoints.kept(done, leaves(state), resume=again):
-                        evaluation = evaluator(state.params)
+                        evaluation = evaluator(state.train.evaluated)
                     metrics |= {f"eval/{k}": v for k, v in evaluation.metrics().items()}
                     metrics["time/evaluate"] = time.perf_counter() - updated
                     progress.message(describe(evaluation, f"iteration {done}"))
                     recorder.evaluation(done, evaluation)
                     stopped = recorder.stop_reason()
                     if config.eval.keep_best and recorder.is_best(done):
-                        export(config, model, policy, state.params, directory / "best")
+                        export(config, model, policy, state.train.evaluated, directory / "best")
             finally:  # the iteration is done, whatever comes of its evaluation
                 if done % config.run.log_every == 0:
                     log.write(iteration, metrics)
@@ -305,16 +267,16 @@ def train(
 
         checkpoints.save(done, leaves(state))
         with checkpoints.kept(done, leaves(state), resume=again):
-            after = evaluator(state.params)
+            after = evaluator(state.train.evaluated)
         progress.message(describe(after, "after"))
         recorder.evaluation(done, after)
         save_results(config, directory, before, after)
-        export(config, model, policy, state.params, directory / "final")
+        export(config, model, policy, state.train.evaluated, directory / "final")
         progress.message(recorder.settle_best(done))
     return Result(before, after, directory)
 
 
-def leaves(state: TrainState) -> dict[str, list[jax.Array]]:
+def leaves(state: LearnerState) -> dict[str, list[jax.Array]]:
     """Return the training state as a checkpoint holds it."""
     return {"leaves": jax.tree.leaves(state)}
 
@@ -344,39 +306,3 @@ def lay_out(
         metadata += [prompt.metadata] * images_per_prompt
         group += range(offset, offset + images_per_prompt)
     return np.asarray(index), texts, metadata, np.asarray(group)
-
-
-def noisy_steps(rollout: RolloutConfig, iteration: int) -> list[bool] | None:
-    """Return which steps have noise, and so a density and a gradient; None for all.
-
-    A moving window visits its T − size + 1 positions in turn, from the one configured on.
-    """
-    if rollout.window_size is None:
-        return None
-    positions = rollout.num_steps - rollout.window_size + 1
-    moved = iteration // rollout.window_every if rollout.window_every else 0
-    start = (rollout.window_start + moved) % positions
-    return [start <= i < start + rollout.window_size for i in range(rollout.num_steps)]
-
-
-def active_steps(schedule: Schedule, weights: jax.Array) -> jax.Array:
-    """Return the steps that have a gradient: with noise, and a weight above 0; `[A]` in order."""
-    active = np.asarray(schedule.stochastic) & (np.asarray(weights) > 0)
-    return jnp.asarray(np.flatnonzero(active), jnp.int32)
-
-
-def choose_steps(active: jax.Array, count: int | None, draw: tuple[int, int, int]) -> jax.Array:
-    """Choose the denoising steps to differentiate, uniformly without replacement.
-
-    Args:
-        active: the steps in play, `[A]`.
-        count: K; None takes all.
-        draw: what the draw is a function of: seed, iteration, number of the update.
-
-    Returns:
-        Step numbers `[min(A, K)]`, in order.
-    """
-    if count is None or count >= len(active):
-        return active
-    chosen = np.random.default_rng(draw).choice(np.asarray(active), count, replace=False)
-    return jnp.asarray(np.sort(chosen), jnp.int32)

@@ -1,4 +1,4 @@
-"""One policy update over a batch of trajectories, at the cost of the steps that are differentiated.
+"""The gradient of GRPO over a batch of trajectories, at the cost of the steps it differentiates.
 
 Given the recorded latents, the T denoising steps are independent. So the gradient of a
 trajectory-ratio loss is Σ_t w_t (∂L/∂log ρ) ∇ log π_θ(x_s|x_t) with one scalar ∂L/∂log ρ an image,
@@ -9,22 +9,32 @@ holds no more, whatever T and the batch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from diffusion_grpo.gaussian import gaussian_kl, gaussian_log_prob
-from diffusion_grpo.grpo import clipped_surrogate, kl_estimate
-from diffusion_grpo.rollout import Denoiser, Trajectory, denoising_step
+from diffusion_grpo.gaussian import Reduction, gaussian_entropy, gaussian_kl, gaussian_log_prob
+from diffusion_grpo.grpo import (
+    clipped_surrogate,
+    guarded_log_ratio,
+    kl_estimate,
+    masked_surrogate,
+)
+from diffusion_grpo.rollout import Denoiser, denoising_step
 from diffusion_grpo.schedule import Schedule
+from diffusion_grpo.steps import Ratio, StepPlan
+from diffusion_grpo.trajectories import ESTIMATORS, KL, UpdateBatch, step_kl
 
 # (trained parameters, frozen parameters) → the policy's denoiser
 Policy = Callable[[Any, Any], Denoiser]
+
+# (trained parameters, schedule) → the schedule with the policy's own noise
+Noise = Callable[[Any, Schedule], Schedule]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,152 +42,197 @@ class LossConfig:
     """What the update computes; every field is static in the compiled program.
 
     Attributes:
-        ratio: one ratio an image, of the summed log-probs, or one a step.
-        clip_low: ε_low of `clipped_surrogate`.
-        clip_high: ε_high.
+        ratio: one ratio an image, of the weighted sum of log-probs, or one a step.
+        ratio_base: the denominator: the policy that sampled, or the frozen reference.
         reduction: of a step's log-prob (and KL) over the latent.
-        beta: weight of the KL to the reference; 0 leaves it out.
+        kl: the KL to the reference in the loss; None leaves it out.
+        entropy_coeff: weight of the entropy of the steps.
+        guard: GRPO-Guard's normalization of a step's ratio.
+        dppo_kl: DPPO's mask instead of clipping, dropping a step whose KL to the ratio's base is
+            above this; None clips.
+        learned_noise: the policy has a noise of its own, which the reference has not.
         microbatch: images differentiated at a time.
     """
 
-    ratio: Literal["trajectory", "step"] = "trajectory"
-    clip_low: float = 1e-4
-    clip_high: float = 1e-4
-    reduction: Literal["mean", "sum"] = "mean"
-    beta: float = 0.0
+    ratio: Ratio = "trajectory"
+    ratio_base: Literal["old", "reference"] = "old"
+    reduction: Reduction = "mean"
+    kl: KL | None = None
+    entropy_coeff: float = 0.0
+    guard: bool = False
+    dppo_kl: float | None = None
+    learned_noise: bool = False
     microbatch: int = 8
 
+    @property
+    def needs_reference_means(self) -> bool:
+        """Whether the loss reads μ_ref."""
+        return self.kl in ("exact", "flow_grpo") or self._compares_means("reference")
 
-class UpdateBatch(NamedTuple):
-    """The trajectories of one iteration, B images.
+    @property
+    def needs_reference_log_probs(self) -> bool:
+        """Whether the loss reads log π_ref."""
+        return self.kl in ESTIMATORS or self.ratio_base == "reference"
+
+    @property
+    def needs_old_means(self) -> bool:
+        """Whether the loss reads μ_old."""
+        return self._compares_means("old")
+
+    def _compares_means(self, base: str) -> bool:
+        return (self.guard or self.dppo_kl is not None) and self.ratio_base == base
+
+
+class Pulls(NamedTuple):
+    """What every step's log-prob of an image is multiplied by in the loss, `[b]` each.
 
     Attributes:
-        trajectory: latents `[T+1, B, h, w, c]`, log-probs `[T, B]` under the policy that sampled
-            them.
-        conditioning: what the denoiser is conditioned on; leaves `[B, ...]` or `[1, ...]`.
-        advantages: `[B]`.
-        reference_means: μ_ref of every step, `[T, B, h, w, c]`, or None where β = 0.
+        ratio: ∂L/∂log ρ of the trajectory's ratio.
+        kl: β ∂KL/∂δ of an estimator of the summed log-ratio.
+        log_ratio: Σ_t w_t (log π_θ − log π_old), before it was differentiated.
     """
 
-    trajectory: Trajectory
-    conditioning: Any
-    advantages: Any
-    reference_means: Any = None
+    ratio: Any
+    kl: Any
+    log_ratio: Any
 
 
-class TrainState(NamedTuple):
-    """What an update changes.
+class Shares(NamedTuple):
+    """What one of the K differentiated steps counts for, so that K of A are unbiased.
 
     Attributes:
-        params: the trained parameters, float32.
-        opt_state: the optimizer's.
+        total: A/K, in a sum over the A steps.
+        mean: 1/K, in a mean over them.
     """
 
-    params: Any
-    opt_state: Any
+    total: Any
+    mean: Any
 
 
-def reference_means(
-    denoiser: Denoiser,
-    schedule: Schedule,
-    latents: Float[Array, "T1 B h w c"],
-    conditioning: Any,
-    active: Int[Array, " A"],
-) -> Float[Array, "T B h w c"]:
-    """Return the reference policy's μ of the recorded steps that have a gradient, once a rollout.
+class CompiledLoss(NamedTuple):
+    """The two compiled programs of the loss; see `compile_loss`."""
 
-    Args:
-        denoiser: the reference policy.
-        schedule: of the rollout.
-        latents: the recorded latents.
-        conditioning: what the denoiser is conditioned on.
-        active: the steps needed; the others' entries are 0.
-    """
-
-    def step(means: Array, i: Array) -> tuple[Array, None]:
-        mean = denoising_step(denoiser, schedule, i, latents[i], conditioning)[0]
-        return means.at[i].set(mean), None
-
-    empty = jnp.zeros(latents[:-1].shape, jnp.float32)
-    return jax.lax.scan(step, empty, active)[0]
+    config: LossConfig
+    terms: Any
+    accumulate: Any
+    entropy: Any
 
 
-def _rows(batch: UpdateBatch, start: int, size: int) -> dict[str, Any]:
-    """Take a microbatch: images `start` to `start + size`, and what all images share."""
-    count = batch.trajectory.latents.shape[1]
-    rows = slice(start, start + size)
-    data = {
-        "latents": batch.trajectory.latents[:, rows],
-        "old": batch.trajectory.log_probs[:, rows],
-        "advantages": batch.advantages[rows],
-        "conditioning": jax.tree.map(
-            lambda x: x[rows] if x.shape[0] == count else x, batch.conditioning
-        ),
-    }
-    if batch.reference_means is not None:
-        data["reference"] = batch.reference_means[:, rows]
-    return data
+def _fixed_noise(params: Any, schedule: Schedule) -> Schedule:
+    del params
+    return schedule
 
 
-def make_gradient(
-    policy: Policy, config: LossConfig
-) -> Callable[..., tuple[Any, dict[str, Array]]]:
-    """Compile the gradient of the GRPO loss, accumulated over microbatches and steps.
+def compile_loss(policy: Policy, config: LossConfig, noise: Noise = _fixed_noise) -> CompiledLoss:
+    """Compile the two programs that the gradient is made of.
 
-    One compiled program differentiates one step of one microbatch and adds to the sum, which is
-    donated; a loop on the host calls it. So memory holds one step's activations whatever T and the
-    batch, and one step is all that is compiled. (`lax.scan` around it would do the same in one
-    program, but XLA's CPU backend runs the gradients of convolutions 10 times slower in a loop.)
+    `terms` sums a microbatch's log-ratios over the steps (by a forward sweep, or without one on the
+    first update, where they are known) and differentiates what depends on the sum. `accumulate`
+    differentiates one step of one microbatch and adds to the gradient, which is donated.
 
     Args:
         policy: (trained, frozen parameters) → denoiser.
         config: see `LossConfig`.
-
-    Returns:
-        `gradient(params, frozen, schedule, batch, weights, active, steps, on_policy=…) -> (gradient
-        like params, metrics)`, where `frozen` are the network's other parameters (passed, so that
-        no weight is compiled in), `weights` `[T]` are w_t, `active` `[A]` the steps with noise and
-        a weight above 0, `steps` `[K]` those of them to differentiate: their gradients are scaled
-        by A/K, so that a uniform draw of K is an unbiased estimate. `on_policy` (static) says that
-        θ sampled the batch, so that ρ = 1 and no forward sweep is needed.
+        noise: (trained parameters, schedule) → schedule, for a learned noise scale.
     """
 
     def log_prob(
-        params: Any, frozen: Any, schedule: Schedule, mb: Any, i: Array
+        params: Any, frozen: Any, schedule: Schedule, mb: UpdateBatch, i: Array
     ) -> tuple[Array, Array, Array]:
-        x_t, x_s = mb["latents"][i], mb["latents"][i + 1]
-        denoiser = policy(params, frozen)
-        mean, std = denoising_step(denoiser, schedule, i, x_t, mb["conditioning"])
+        x_t, x_s = mb.trajectory.latents[i], mb.trajectory.latents[i + 1]
+        denoiser, noisy = policy(params, frozen), noise(params, schedule)
+        mean, std = denoising_step(denoiser, noisy, i, x_t, mb.conditioning)
         return gaussian_log_prob(x_s, mean, std, reduction=config.reduction), mean, std
 
-    def surrogate(log_ratio: Array, mb: Any) -> tuple[Array, Array]:
+    def surrogate(log_ratio: Array, advantages: Array, plan: StepPlan) -> tuple[Array, Array]:
         loss, clipped = clipped_surrogate(
-            log_ratio, mb["advantages"], clip_low=config.clip_low, clip_high=config.clip_high
+            log_ratio,
+            advantages,
+            clip_low=plan.clip_low,
+            clip_high=plan.clip_high,
+            dual_clip=plan.dual_clip,
         )
         return loss.sum(), clipped
 
+    def to_reference(mb: UpdateBatch, active: Array, weights: Array | None = None) -> Array:
+        """Σ_t w_t (log π_old − log π_ref), from what is recorded."""
+        gap = (mb.trajectory.log_probs - mb.reference.log_probs)[active]
+        return (gap if weights is None else gap * weights[active][:, None]).sum(axis=0)
+
     @partial(jax.jit, static_argnames="on_policy")
-    def trajectory_terms(
+    def terms(
         params: Any,
         frozen: Any,
         schedule: Schedule,
-        mb: Any,
-        weights: Array,
-        active: Array,
+        mb: UpdateBatch,
+        plan: StepPlan,
+        beta: Array,
         *,
         on_policy: bool,
-    ) -> tuple[Array, dict[str, Array]]:
-        """∂L/∂log ρ of each image, and the ratio's metrics."""
-        log_ratio = jnp.zeros_like(mb["advantages"])
+    ) -> tuple[Pulls, dict[str, Array]]:
+        zero = jnp.zeros_like(mb.advantages)
+        weighted, plain = zero, zero  # Σ w_t and Σ of log π_θ − log π_old
         if not on_policy:
 
-            def sweep(total: Array, i: Array) -> tuple[Array, None]:
+            def sweep(sums: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
                 log_p, _, _ = log_prob(params, frozen, schedule, mb, i)
-                return total + weights[i] * (log_p - mb["old"][i]), None
+                change = log_p - mb.trajectory.log_probs[i]
+                return (sums[0] + plan.weights[i] * change, sums[1] + change), None
 
-            log_ratio, _ = jax.lax.scan(sweep, log_ratio, active)
-        (loss, clipped), pull = jax.value_and_grad(surrogate, has_aux=True)(log_ratio, mb)
-        return pull, _ratio_metrics(log_ratio, clipped) | {"policy_loss": loss}
+            (weighted, plain), _ = jax.lax.scan(sweep, (zero, zero), plan.active)
+        pull, kl_pull, metrics = zero, zero, {}
+        if config.ratio == "trajectory":
+            log_ratio = weighted
+            if config.ratio_base == "reference":
+                log_ratio = log_ratio + to_reference(mb, plan.active, plan.weights)
+            (loss, clipped), pull = jax.value_and_grad(surrogate, has_aux=True)(
+                log_ratio, mb.advantages, plan
+            )
+            metrics = _ratio_metrics(log_ratio, clipped, weighted) | {"policy_loss": loss}
+        if config.kl in ESTIMATORS:
+            kind: Any = config.kl
+            kl, kl_pull = jax.value_and_grad(lambda delta: kl_estimate(delta, kind).sum())(
+                plain + to_reference(mb, plan.active)
+            )
+            kl_pull = beta * kl_pull
+            metrics = metrics | {"kl": kl}
+        return Pulls(pull, kl_pull, weighted), metrics
+
+    def to_means(mean: Array, std: Array, schedule: Schedule, mb: UpdateBatch, i: Array) -> Array:
+        """KL of one step to the reference, by the means; `[b]`."""
+        return step_kl(
+            mean,
+            std,
+            mb.reference.means[i],
+            schedule,
+            i,
+            kind=config.kl or "exact",
+            reduction=config.reduction,
+            learned_noise=config.learned_noise,
+        )
+
+    def step_surrogate(
+        log_p: Array, mean: Array, std: Array, mb: UpdateBatch, plan: StepPlan, i: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss of one step that has a ratio of its own, summed over the images."""
+        from_old = log_ratio = log_p - mb.trajectory.log_probs[i]
+        base = mb.old
+        if config.ratio_base == "reference":
+            log_ratio, base = log_p - mb.reference.log_probs[i], mb.reference
+        advantages = plan.discounts[i] * mb.advantages
+        if config.guard or config.dppo_kl is not None:
+            divergence = gaussian_kl(mean, base.means[i], std, reduction=config.reduction)
+            if config.guard:
+                log_ratio = guarded_log_ratio(log_ratio, divergence, std)
+        if config.dppo_kl is not None:
+            losses, clipped = masked_surrogate(
+                log_ratio, advantages, divergence, limit=config.dppo_kl
+            )
+            loss = losses.sum()
+        else:
+            loss, clipped = surrogate(log_ratio, advantages, plan)
+        loss = plan.weights[i] * loss
+        return loss, _ratio_metrics(log_ratio, clipped, from_old) | {"policy_loss": loss}
 
     @partial(jax.jit, donate_argnums=0)
     def accumulate(
@@ -185,68 +240,101 @@ def make_gradient(
         params: Any,
         frozen: Any,
         schedule: Schedule,
-        mb: Any,
-        weights: Array,
+        mb: UpdateBatch,
+        plan: StepPlan,
+        beta: Array,
         i: Array,
-        pull: Array,
-        share: Array,
-        kl_share: Array,
-    ) -> tuple[Any, dict[str, Array]]:
-        """Add one step's gradient; the shares are what its terms count in the sum."""
+        pulls: Pulls,
+        shares: Shares,
+    ) -> tuple[Any, dict[str, Array], Array]:
+        """Add one step's gradient; returns its metrics and log π_θ − log π_old `[b]` too."""
 
-        def step_loss(params: Any) -> tuple[Array, dict[str, Array]]:
+        def step_loss(params: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
             log_p, mean, std = log_prob(params, frozen, schedule, mb, i)
             metrics = {}
             if config.ratio == "trajectory":
-                loss = share * weights[i] * (pull * log_p).sum()
+                loss = shares.total * plan.weights[i] * (pulls.ratio * log_p).sum()
             else:
-                log_ratio = log_p - mb["old"][i]
-                value, clipped = surrogate(log_ratio, mb)
-                loss = share * value
-                metrics = _ratio_metrics(log_ratio, clipped) | {"policy_loss": value}
-                metrics = {k: v if k in EXTREMES else share * v for k, v in metrics.items()}
-            if config.beta:
-                kl = gaussian_kl(mean, mb["reference"][i], std, reduction=config.reduction)
-                loss = loss + kl_share * config.beta * kl.sum()
-                metrics = metrics | {"kl": kl_share * kl.sum()}
-            return loss, metrics
+                value, metrics = step_surrogate(log_p, mean, std, mb, plan, i)
+                loss = shares.mean * value
+                metrics = {k: v if k in EXTREMES else shares.mean * v for k, v in metrics.items()}
+            if config.kl in ESTIMATORS:
+                loss = loss + shares.total * (pulls.kl * log_p).sum()
+            elif config.kl is not None:
+                # The exact KL is a sum over the steps; Flow-GRPO's a mean over them.
+                share = shares.mean if config.kl == "flow_grpo" else shares.total
+                kl = share * to_means(mean, std, schedule, mb, i).sum()
+                loss, metrics = loss + beta * kl, metrics | {"kl": kl}
+            if config.entropy_coeff:
+                entropy = gaussian_entropy(std, _size(mb), reduction=config.reduction)
+                count = jnp.float32(mb.advantages.shape[0])
+                loss = loss - shares.total * count * config.entropy_coeff * entropy
+            return loss, (metrics, log_p - mb.trajectory.log_probs[i])
 
-        new, metrics = jax.grad(step_loss, has_aux=True)(params)
-        return jax.tree.map(jnp.add, gradient, new), metrics
+        new, (metrics, change) = jax.grad(step_loss, has_aux=True)(params)
+        return jax.tree.map(jnp.add, gradient, new), metrics, change
+
+    @jax.jit
+    def entropy(params: Any, schedule: Schedule, mb: UpdateBatch, active: Array) -> Array:
+        std = noise(params, schedule).std[active]
+        return gaussian_entropy(std, _size(mb), reduction=config.reduction).sum()
+
+    return CompiledLoss(config, terms, accumulate, entropy)
+
+
+def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """Return the gradient of the GRPO loss, accumulated over microbatches and steps.
+
+    A loop on the host calls the program that differentiates one step of one microbatch. So memory
+    holds one step's activations whatever T and the batch, and one step is all that is compiled.
+    (`lax.scan` around it would do the same in one program, but XLA's CPU backend runs the gradients
+    of convolutions 10 times slower in a loop.)
+
+    Args:
+        loss: the compiled programs.
+
+    Returns:
+        `gradient(params, frozen, schedule, batch, plan, beta, on_policy=…) -> (gradient like
+        params, metrics)`, where `frozen` are the network's other parameters (passed, so that no
+        weight is compiled in), `plan` a `StepPlan` whose K steps' gradients are scaled by A/K, so
+        that a uniform draw of K is an unbiased estimate, and `beta` the weight of the KL.
+        `on_policy` says that θ sampled the batch, so that its log-probs are those recorded and no
+        forward sweep is needed. Metrics: `loss`, `policy_loss`, `ratio/mean|min|max`,
+        `clip_fraction`, `approx_kl`, `entropy`, and `kl` where the loss has one.
+    """
+    config = loss.config
+    summed = config.ratio == "trajectory" or config.kl in ESTIMATORS
 
     def gradient(
         params: Any,
         frozen: Any,
         schedule: Schedule,
         batch: UpdateBatch,
-        weights: Array,
-        active: Array,
-        steps: Array,
+        plan: StepPlan,
+        beta: Array,
         *,
         on_policy: bool,
     ) -> tuple[Any, dict[str, Array]]:
-        count = batch.trajectory.latents.shape[1]
-        number = steps.shape[0]
-        # A trajectory's log-prob and the KL are sums over the A steps, estimated from K of them; a
-        # per-step loss is a mean over the K, so that it does not grow with their number.
-        kl_share = jnp.float32(active.shape[0] / number)
-        share = kl_share if config.ratio == "trajectory" else jnp.float32(1 / number)
+        count, number = len(batch.advantages), len(plan.steps)
+        shares = Shares(jnp.float32(len(plan.active) / number), jnp.float32(1 / number))
         total = jax.tree.map(jnp.zeros_like, params)
         history: list[dict[str, Array]] = []
         for start in range(0, count, config.microbatch):
-            mb = _rows(batch, start, config.microbatch)
-            pull = jnp.zeros_like(mb["advantages"])
-            if config.ratio == "trajectory":
-                pull, metrics = trajectory_terms(
-                    params, frozen, schedule, mb, weights, active, on_policy=on_policy
-                )
+            mb = batch.take(slice(start, start + config.microbatch))
+            zero = jnp.zeros_like(mb.advantages)
+            pulls, common = Pulls(zero, zero, zero), (params, frozen, schedule, mb, plan, beta)
+            if summed:
+                pulls, metrics = loss.terms(*common, on_policy=on_policy)
                 history.append(metrics)
             for k in range(number):
-                total, metrics = accumulate(
-                    total, params, frozen, schedule, mb, weights, steps[k], pull, share, kl_share
-                )
+                total, metrics, _ = loss.accumulate(total, *common, plan.steps[k], pulls, shares)
                 history.append(metrics)
-        return _divide(total, jnp.float32(count)), _reduce(history, count)
+        metrics = _reduce(history, count)
+        metrics["entropy"] = loss.entropy(params, schedule, batch, plan.active)
+        metrics["loss"] = metrics["policy_loss"] - config.entropy_coeff * metrics["entropy"]
+        if config.kl is not None:
+            metrics["loss"] = metrics["loss"] + beta * metrics["kl"]
+        return divide(total, jnp.float32(count)), metrics
 
     return gradient
 
@@ -254,8 +342,13 @@ def make_gradient(
 EXTREMES = ("ratio/min", "ratio/max")
 
 
+def _size(batch: UpdateBatch) -> int:
+    return math.prod(batch.trajectory.latents.shape[2:])
+
+
 @partial(jax.jit, donate_argnums=0)
-def _divide(tree: Any, count: Array) -> Any:
+def divide(tree: Any, count: Array) -> Any:
+    """Divide every leaf, in place."""
     return jax.tree.map(lambda x: x / count, tree)
 
 
@@ -275,7 +368,7 @@ def _reduce(history: list[dict[str, Array]], count: int) -> dict[str, Array]:
     return reduced
 
 
-def _ratio_metrics(log_ratio: Array, clipped: Array) -> dict[str, Array]:
+def _ratio_metrics(log_ratio: Array, clipped: Array, from_old: Array) -> dict[str, Array]:
     """Sums over the images (extremes for min and max)."""
     ratio = jnp.exp(log_ratio)
     return {
@@ -285,48 +378,5 @@ def _ratio_metrics(log_ratio: Array, clipped: Array) -> dict[str, Array]:
         "clip_fraction": clipped.sum().astype(jnp.float32),
         # k3 with the roles of Schulman 2020: samples are the old policy's, so
         # δ = log π_old − log π_θ
-        "approx_kl": kl_estimate(-log_ratio, "k3").sum(),
+        "approx_kl": kl_estimate(-from_old, "k3").sum(),
     }
-
-
-def make_update(
-    policy: Policy, config: LossConfig, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Compile the update.
-
-    Returns:
-        `update(state, frozen, schedule, batch, weights, active, steps, on_policy=…) -> (state,
-        metrics)`; the state is donated. Metrics: `loss`, `policy_loss`, `ratio/mean|min|max`,
-        `clip_fraction`, `approx_kl`, `kl` (where β > 0), `grad_norm` (before clipping). A gradient
-        that is not finite leaves the state as it was, and `skipped` is 1.
-    """
-    gradient_of = make_gradient(policy, config)
-
-    @partial(jax.jit, donate_argnums=0)
-    def apply(state: TrainState, gradient: Any) -> tuple[TrainState, dict[str, Array]]:
-        norm = optax.tree.norm(gradient)
-        # Optax raises a float to an integer count, which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        new = TrainState(optax.apply_updates(state.params, changes), opt_state)
-        finite = jnp.isfinite(norm)
-        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
-
-    def update(
-        state: TrainState,
-        frozen: Any,
-        schedule: Schedule,
-        batch: UpdateBatch,
-        *steps: Array,
-        on_policy: bool,
-    ) -> tuple[TrainState, dict[str, Array]]:
-        gradient, metrics = gradient_of(
-            state.params, frozen, schedule, batch, *steps, on_policy=on_policy
-        )
-        state, applied = apply(state, gradient)
-        penalty = metrics.get("kl", jnp.zeros((), jnp.float32))
-        metrics["loss"] = metrics["policy_loss"] + config.beta * penalty
-        return state, metrics | applied
-
-    return update

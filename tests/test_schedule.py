@@ -19,8 +19,8 @@ from diffusion_grpo.schedule import (
     spaced_timesteps,
     step_distribution,
     step_sensitivity,
-    step_weights,
 )
+from diffusion_grpo.steps import step_weights
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 

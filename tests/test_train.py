@@ -32,7 +32,7 @@ from diffusion_grpo.prompts import Prompt
 from diffusion_grpo.rollout import sample, trajectory_log_probs
 from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
 from diffusion_grpo.schedule import make_schedule
-from diffusion_grpo.train import active_steps, choose_steps, lay_out, train
+from diffusion_grpo.train import lay_out, train
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -179,8 +179,8 @@ def test_resumed_run_ends_as_the_undisturbed_one(flags, finished, monkeypatch):
         return original(*args, **kw)
 
     directories = finished("lora"), Path(flags["--run.output"])
-    original = module.group_advantages
-    monkeypatch.setattr(module, "group_advantages", interrupted)
+    original = module.image_advantages
+    monkeypatch.setattr(module, "image_advantages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(_config(flags))
     monkeypatch.undo()
@@ -261,18 +261,6 @@ def test_log_probs_are_recomputed_exactly_by_the_real_unet(checkpoint):
         trajectory = draw(policy.trained)
         ratio = jnp.exp(again(policy.trained, trajectory) - trajectory.log_probs)
         assert float(jnp.abs(ratio - 1).max()) == 0.0
-
-
-def test_choose_steps_leaves_out_what_has_no_density(checkpoint):
-    model = StableDiffusion.from_pretrained(checkpoint)
-    schedule = make_schedule(
-        model.scheduler_config, 5, eta=1.0, stochastic_steps=[True, True, True, False, False]
-    )
-    active = active_steps(schedule, jnp.ones(5).at[1].set(0))
-    assert active.tolist() == [0, 2]
-    assert choose_steps(active, None, (0, 0, 0)).tolist() == [0, 2]
-    drawn = {choose_steps(active, 1, (0, i, 0)).item() for i in range(20)}
-    assert drawn == {0, 2}
 
 
 def test_a_prompt_that_stands_twice_in_a_batch_gets_two_groups_of_different_noise():

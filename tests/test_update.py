@@ -1,251 +1,369 @@
 """The accumulated update against the loss written in one piece and differentiated by autodiff."""
 
-import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.scipy.stats import norm
-
-from diffusion_grpo.rollout import Trajectory, sample
-from diffusion_grpo.schedule import SchedulerConfig, make_schedule, step_distribution, step_weights
-from diffusion_grpo.update import (
-    LossConfig,
-    TrainState,
-    UpdateBatch,
-    make_gradient,
-    make_update,
-    reference_means,
+from tiny_policy import (
+    CONDITION,
+    PARAMS,
+    REFERENCE,
+    SCHEDULE,
+    SCHEDULER,
+    SHAPE,
+    SIZE,
+    B,
+    T,
+    batch_for,
+    moved,
+    noise,
+    plan_for,
+    policy,
 )
 
-B, T, SHAPE = 6, 5, (4, 4, 2)
-SCHEDULER = SchedulerConfig.from_dict(
-    {
-        "_class_name": "DDIMScheduler",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": "v_prediction",
-        "timestep_spacing": "trailing",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-    }
-)
-SCHEDULE = make_schedule(SCHEDULER, T, eta=1.0)
+from diffusion_grpo.optim import TrainState, make_update
+from diffusion_grpo.rollout import Trajectory
+from diffusion_grpo.schedule import alphas_cumprod, make_schedule, step_distribution
+from diffusion_grpo.steps import plan_steps
+from diffusion_grpo.trajectories import UpdateBatch, policy_steps, trajectory_kl
+from diffusion_grpo.update import LossConfig, Shares, compile_loss, make_gradient
 
 
-def loss_gradient(policy, config, *arguments, on_policy):
-    return make_gradient(policy, config)(*arguments, on_policy=on_policy)
+@functools.cache
+def compiled(config):
+    learned = (noise,) if config.learned_noise else ()
+    return make_gradient(compile_loss(policy, config, *learned))
 
 
-class Network(nnx.Module):
-    """A small convolutional policy with a time and a prompt input."""
-
-    def __init__(self, rngs):
-        self.inner = nnx.Conv(2, 8, (3, 3), rngs=rngs)
-        self.time = nnx.Linear(1, 8, rngs=rngs)
-        self.outer = nnx.Conv(8, 2, (3, 3), rngs=rngs)
-
-    def __call__(self, x, t, condition):
-        h = self.inner(x) + self.time(jnp.full((1, 1), t / 1000))[:, None, None]
-        return self.outer(jax.nn.silu(h + condition[:, None, None, :]))
+def gradient(params, config, plan, *, batch=None, beta=0.5, on_policy=False):
+    batch = batch_for(config.reduction, config.learned_noise) if batch is None else batch
+    arguments = params, None, SCHEDULE, batch, plan, jnp.float32(beta)
+    return compiled(config)(*arguments, on_policy=on_policy)
 
 
-GRAPHDEF, PARAMS = nnx.split(Network(nnx.Rngs(0)))
-CONDITION = jax.random.normal(jax.random.key(1), (B, 8))
+def clipped(rho, a, low, high, dual=None):
+    objective = jnp.minimum(a * rho, a * jnp.clip(rho, 1 - low, 1 + high))
+    if dual is not None:
+        objective = jnp.where(a < 0, jnp.maximum(objective, dual * a), objective)
+    return -objective
 
 
-def policy(params, frozen):
-    del frozen
-    return lambda x, t, condition: nnx.merge(GRAPHDEF, params)(x, t.astype(jnp.float32), condition)
-
-
-def moved(params, size=0.02):
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    moved = [p + size * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    keys = jax.random.split(jax.random.key(2), B)
-    noise = jax.random.normal(jax.random.key(3), (B, *SHAPE))
-    draw = jax.jit(
-        lambda p: sample(policy(p, None), SCHEDULE, noise, keys, CONDITION, reduction="mean")
-    )
-    trajectory = draw(PARAMS)
-    reference = moved(PARAMS, 0.05)
-    means = reference_means(
-        policy(reference, None), SCHEDULE, trajectory.latents, CONDITION, jnp.arange(T)
-    )
-    advantages = jnp.asarray([1.0, -0.5, 0.3, -1.2, 0.0, 0.8])
-    return UpdateBatch(trajectory, CONDITION, advantages, means)
-
-
-def whole_loss(params, batch, config, weights, steps):
-    """The loss as the paper writes it, all steps and images at once, log-density from jax.scipy."""
-    x = batch.trajectory.latents
-    means, log_probs = [], []
-    for i in range(T):
+def whole_loss(params, config, plan, beta, batch):
+    """The loss as the papers write it, all steps and images at once, densities of jax.scipy."""
+    x, a = batch.trajectory.latents, batch.advantages
+    schedule = noise(params, SCHEDULE) if config.learned_noise else SCHEDULE
+    reduce = functools.partial(jnp.mean if config.reduction == "mean" else jnp.sum, axis=(1, 2, 3))
+    active = np.asarray(plan.active).tolist()
+    abar = alphas_cumprod(SCHEDULER)
+    logs, kls, losses, entropy = {}, [], [], 0.0
+    for i in active:
         out = policy(params, None)(x[i], SCHEDULE.timesteps[i], CONDITION)
-        mean, std = step_distribution(SCHEDULE, i, x[i], out)
-        element = norm.logpdf(x[i + 1], mean, std)
-        reduce = jnp.mean if config.reduction == "mean" else jnp.sum
-        log_probs.append(reduce(element, axis=(1, 2, 3)))
-        means.append((mean, std))
-    log_ratio = jnp.stack(log_probs) - batch.trajectory.log_probs
-
-    def surrogate(log_ratio, a):
-        ratio = jnp.exp(log_ratio)
-        return jnp.maximum(
-            -a * ratio, -a * jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-        )
-
+        mean, std = step_distribution(schedule, i, x[i], out)
+        logs[i] = reduce(norm.logpdf(x[i + 1], mean, std))
+        fixed, std_ref = batch.reference.means[i], SCHEDULE.std[i]
+        if config.kl == "flow_grpo":
+            t = int(SCHEDULE.timesteps[i])
+            signal, scale = np.sqrt([abar[t], abar[t - 1000 // T] if i < T - 1 else abar[0]]), None
+            scale = np.sqrt(1 - signal**2)
+            tau = scale / (signal + scale)
+            # both means on the straight path of flow matching, whose noise a unit of time is σ²/dt
+            unit = 1 / (signal[1] + scale[1])
+            rate = (unit * std) ** 2 / (tau[0] - tau[1])
+            kls.append(jnp.square(unit * (mean - fixed)).mean((1, 2, 3)) / (2 * rate) / len(active))
+        else:
+            each = jnp.log(std_ref / std) + (std**2 + (mean - fixed) ** 2) / (2 * std_ref**2) - 0.5
+            kls.append(reduce(each))
+        entropy += reduce(-norm.logpdf(0 * mean + std, 0, std))[0]  # log σ + ½ log 2π + ½
+        if config.ratio == "step":
+            base = batch.reference if config.ratio_base == "reference" else batch.old
+            recorded = base.log_probs if config.ratio_base == "reference" else None
+            exponent = logs[i] - (batch.trajectory.log_probs if recorded is None else recorded)[i]
+            distance = reduce(jnp.square(mean - base.means[i])) / (2 * std**2)
+            if config.guard:
+                exponent = (exponent + distance) * std
+            rho, adv = jnp.exp(exponent), plan.discounts[i] * a
+            if config.dppo_kl is None:
+                loss = clipped(rho, adv, plan.clip_low, plan.clip_high, plan.dual_clip)
+            else:
+                outward = jnp.where(adv > 0, rho > 1, rho < 1)
+                loss = jnp.where((distance > config.dppo_kl) & outward, 0.0, -adv * rho)
+            losses.append(plan.weights[i] * loss.mean() / len(active))
     if config.ratio == "trajectory":
-        total = (weights[:, None] * log_ratio).sum(0)
-        loss = surrogate(total, batch.advantages).mean()
-    else:
-        loss = jnp.stack([surrogate(log_ratio[i], batch.advantages).mean() for i in steps]).mean()
-    kl = 0.0
-    for i in steps:
-        mean, std = means[i]
-        divergence = jnp.square(mean - batch.reference_means[i]) / (2 * std**2)
-        reduce = jnp.mean if config.reduction == "mean" else jnp.sum
-        kl += reduce(divergence, axis=(1, 2, 3)).mean()
-    return loss + config.beta * kl
-
-
-def gradient(params, batch, config, weights, steps, on_policy):
-    compiled = jax.jit(
-        lambda params: loss_gradient(
-            policy,
-            config,
-            params,
-            None,
-            SCHEDULE,
-            batch,
-            weights,
-            jnp.asarray(steps),
-            jnp.asarray(steps),
-            on_policy=on_policy,
-        )
-    )
-    return compiled(params)
+        base = batch.reference if config.ratio_base == "reference" else batch.trajectory
+        total = sum(plan.weights[i] * (logs[i] - base.log_probs[i]) for i in active)
+        rho = jnp.exp(total)
+        losses.append(clipped(rho, a, plan.clip_low, plan.clip_high, plan.dual_clip).mean())
+    delta = sum(logs[i] - batch.reference.log_probs[i] for i in active)
+    kl = {
+        None: jnp.zeros(B),
+        "k1": delta,
+        "k2": delta**2 / 2,
+        "k3": jnp.exp(-delta) - 1 + delta,
+        "exact": sum(kls),
+        "flow_grpo": sum(kls),
+    }[config.kl]
+    return sum(losses) + beta * kl.mean() - config.entropy_coeff * entropy
 
 
 def assert_close(ours, expected, tolerance=2e-4):
+    largest = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+        assert np.abs(a - b).max() <= tolerance * max(float(np.abs(b).max()), 1e-3 * largest)
 
 
-UNIFORM = jnp.ones(T)
+def check(config, params=None, *, batch=None, beta=0.5, tolerance=2e-4, **options):
+    """Compare gradient and loss, and return the metrics."""
+    params = moved(PARAMS) if params is None else params
+    batch = batch_for(config.reduction, config.learned_noise) if batch is None else batch
+    plan = plan_for(config, **options)
+    ours, metrics = gradient(params, config, plan, batch=batch, beta=beta)
+    value, expected = jax.value_and_grad(whole_loss)(params, config, plan, beta, batch)
+    assert_close(ours, expected, tolerance)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=2e-4, atol=2e-6)
+    return metrics
 
 
-@pytest.mark.parametrize("microbatch", [1, 2, 3, 6])
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_trajectory_ratio_gradient_equals_autodiff_of_the_whole_loss(batch, microbatch, beta):
-    config = LossConfig(clip_low=0.05, clip_high=0.05, beta=beta, microbatch=microbatch)
-    params = moved(PARAMS)
-    ours, _ = gradient(params, batch, config, UNIFORM, range(T), on_policy=False)
-    expected = jax.grad(whole_loss)(params, batch, config, UNIFORM, range(T))
-    assert_close(ours, expected)
+@pytest.mark.parametrize("microbatch", [1, 2, 6])
+def test_trajectory_ratio_gradient_equals_autodiff_of_the_whole_loss(microbatch):
+    check(LossConfig(kl="exact", microbatch=microbatch))
 
 
-def test_gain_weights_enter_the_trajectory_ratio(batch):
-    weights = step_weights(SCHEDULE, "gain")
-    config = LossConfig(clip_low=0.05, clip_high=0.05, microbatch=2)
-    steps = np.flatnonzero(np.asarray(weights) > 0)
-    assert len(steps) == T - 1
-    ours, _ = gradient(moved(PARAMS), batch, config, weights, steps, on_policy=False)
-    assert_close(ours, jax.grad(whole_loss)(moved(PARAMS), batch, config, weights, steps))
+@pytest.mark.parametrize("base", ["old", "reference"])
+@pytest.mark.parametrize("ratio", ["trajectory", "step"])
+def test_ratio_against_the_old_policy_and_against_the_reference(ratio, base):
+    config = LossConfig(ratio=ratio, ratio_base=base, microbatch=3)
+    params = moved(PARAMS, 0.005)
+    metrics = check(config, params, clip=0.02)
+    assert 0 < float(metrics["clip_fraction"]) < 1
+    # the KL to the old policy is measured against the old one, whatever the ratio's base
+    other = LossConfig(ratio=ratio, microbatch=3)
+    _, same = gradient(params, other, plan_for(other))
+    np.testing.assert_allclose(metrics["approx_kl"], same["approx_kl"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "flow_grpo"])
+def test_every_kl_in_the_loss_equals_autodiff(kind):
+    check(LossConfig(kl=kind, microbatch=3))
+
+
+@pytest.mark.parametrize("kind", ["k3", "exact"])
+def test_every_kl_goes_with_the_step_ratio(kind):
+    check(LossConfig(ratio="step", kl=kind, microbatch=6))
+
+
+@pytest.mark.parametrize(
+    "options", [{"weights": "gain"}, {"weights": "given", "given": (0.5, 0.0, 2.0, 1.0)}]
+)
+@pytest.mark.parametrize("ratio", ["trajectory", "step"])
+def test_step_weights_enter_the_loss(ratio, options):
+    config = LossConfig(ratio=ratio, microbatch=3)
+    assert len(plan_for(config, **options).active) == T - 1
+    check(config, **options)
+
+
+@pytest.mark.parametrize("ratio", ["trajectory", "step"])
+def test_sum_over_the_latent_is_the_density_itself(ratio):
+    config = LossConfig(ratio=ratio, reduction="sum", kl="exact", microbatch=3)
+    check(config, moved(PARAMS, 0.003), tolerance=2e-3)
+
+
+def test_a_fraction_of_the_steps_is_the_loss_of_those_alone():
+    config = LossConfig(kl="k2", microbatch=3)
+    plan = plan_for(config, fraction=0.5)
+    assert len(plan.active) == len(plan.steps) == 2
+    check(config, fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (LossConfig(ratio="step", guard=True, microbatch=3), {}),
+        (LossConfig(ratio="step", guard=True, ratio_base="reference", microbatch=3), {}),
+        (LossConfig(ratio="step", dppo_kl=1e-3, microbatch=3), {}),
+        (LossConfig(ratio="step", microbatch=3), {"gamma": 0.8}),
+    ],
+)
+def test_corrections_equal_autodiff_and_differ_from_the_plain_loss(config, options):
+    metrics = check(config, clip=0.02, **options)
+    plain = LossConfig(ratio=config.ratio, ratio_base=config.ratio_base, microbatch=3)
+    _, other = gradient(moved(PARAMS), plain, plan_for(plain, clip=0.02))
+    assert float(metrics["policy_loss"]) != pytest.approx(float(other["policy_loss"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("ratio", ["trajectory", "step"])
+def test_dual_clip_equals_autodiff_and_differs_from_the_plain_loss(ratio):
+    # Ratios far above 1, which are what it is for: the old policy found the draws less likely.
+    config, batch = LossConfig(ratio=ratio, microbatch=3), batch_for()
+    trajectory = batch.trajectory._replace(log_probs=batch.trajectory.log_probs - 0.1)
+    batch = batch._replace(trajectory=trajectory)
+    metrics = check(config, batch=batch, dual_clip=1.04)
+    _, other = gradient(moved(PARAMS), config, plan_for(config), batch=batch)
+    assert float(metrics["policy_loss"]) < float(other["policy_loss"]) - 1e-3
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_step_ratio_gradient_equals_autodiff_of_the_whole_loss(batch, reduction):
-    if reduction == "sum":
-        size = float(np.prod(SHAPE))
-        trajectory = batch.trajectory._replace(log_probs=batch.trajectory.log_probs * size)
-        batch = batch._replace(trajectory=trajectory)
+def test_learned_noise_has_entropy_and_kl_of_its_own(reduction):
     config = LossConfig(
-        ratio="step", clip_low=0.05, clip_high=0.05, beta=0.1, microbatch=3, reduction=reduction
+        reduction=reduction, kl="exact", entropy_coeff=0.1, learned_noise=True, microbatch=3
     )
-    ours, _ = gradient(moved(PARAMS, 0.005), batch, config, UNIFORM, range(T), on_policy=False)
-    expected = jax.grad(whole_loss)(moved(PARAMS, 0.005), batch, config, UNIFORM, range(T))
-    assert_close(ours, expected)
+    # log_scale moves too: its gradient is of the ratio, of the KL and of the entropy
+    check(config, moved(PARAMS, 0.01), tolerance=2e-3)
+    idle = batch_for(reduction, True)._replace(advantages=jnp.zeros(B))
+    none, _ = gradient(PARAMS, config, plan_for(config), batch=idle, beta=0.0, on_policy=True)
+    slope = -0.1 * (SIZE if reduction == "sum" else 1)
+    np.testing.assert_allclose(none["log_scale"], np.full(T, slope), rtol=1e-5)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(none["network"]))
 
 
-def test_first_update_needs_no_sweep_and_gives_the_same_gradient(batch):
-    config = LossConfig(clip_low=0.05, clip_high=0.05, beta=0.3, microbatch=2)
-    short, metrics = gradient(PARAMS, batch, config, UNIFORM, range(T), on_policy=True)
-    swept, swept_metrics = gradient(PARAMS, batch, config, UNIFORM, range(T), on_policy=False)
-    assert_close(short, swept, 1e-6)
-    assert float(metrics["ratio/min"]) == float(metrics["ratio/max"]) == 1.0
-    assert float(swept_metrics["ratio/max"]) == pytest.approx(1.0, abs=1e-6)
+def test_entropy_is_that_of_the_steps():
+    _, metrics = gradient(PARAMS, LossConfig(microbatch=3), plan_for(LossConfig()))
+    want = sum(0.5 * np.log(2 * np.pi * np.e * float(std) ** 2) for std in SCHEDULE.std)
+    np.testing.assert_allclose(metrics["entropy"], want, rtol=1e-5)
 
 
-def test_clipped_images_have_no_gradient(batch):
-    config = LossConfig(clip_low=1e-6, clip_high=1e-6, microbatch=6)
-    params = moved(PARAMS, 0.02)
-    free = dataclasses.replace(config, clip_low=0.99, clip_high=1e9)
-    _, metrics = gradient(params, batch, free, UNIFORM, range(T), on_policy=False)
-    assert float(metrics["clip_fraction"]) == 0.0
-    _, metrics = gradient(params, batch, config, UNIFORM, range(T), on_policy=False)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(kl="exact", microbatch=2),
+        LossConfig(kl="k3", ratio_base="reference", microbatch=2),
+    ],
+)
+def test_first_update_needs_no_sweep_and_gives_the_same_gradient(config):
+    plan = plan_for(config, clip=0.9)
+    short, metrics = gradient(PARAMS, config, plan, on_policy=True)
+    swept, swept_metrics = gradient(PARAMS, config, plan)
+    assert_close(short, swept, 1e-5)
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], swept_metrics[name], rtol=1e-5, atol=1e-6)
+    if config.ratio_base == "old":
+        assert float(metrics["ratio/min"]) == float(metrics["ratio/max"]) == 1.0
+
+
+def test_first_update_runs_the_network_once_a_step_and_later_ones_twice():
+    calls = []
+
+    def counted(params, frozen):
+        inner = policy(params, frozen)
+
+        def denoise(x, t, condition):
+            jax.debug.callback(lambda: calls.append(1))
+            return inner(x, t, condition)
+
+        return denoise
+
+    config = LossConfig(microbatch=3)
+    run = make_gradient(compile_loss(counted, config))
+    for on_policy, passes in ((True, 1), (False, 2)):
+        calls.clear()
+        arguments = PARAMS, None, SCHEDULE, batch_for(), plan_for(config), jnp.float32(0)
+        jax.block_until_ready(run(*arguments, on_policy=on_policy))
+        jax.effects_barrier()
+        assert len(calls) == passes * T * (B // 3)
+
+
+def test_clipped_images_have_no_gradient():
+    config = LossConfig(microbatch=6)
+    metrics = check(config, clip=1e-6, beta=0.0)
     # every ratio is outside of the range; half of them, roughly, on the side where clipping acts
     assert 0.0 < float(metrics["clip_fraction"]) < 1.0
-    ours, _ = gradient(params, batch, config, UNIFORM, range(T), on_policy=False)
-    assert_close(ours, jax.grad(whole_loss)(params, batch, config, UNIFORM, range(T)))
+    assert float(check(config, clip=0.99)["clip_fraction"]) == 0.0
 
 
-def test_a_few_steps_are_an_unbiased_estimate(batch):
-    """The mean over all C(5, 2) subsets equals the full gradient."""
-    import itertools
-
-    config = LossConfig(clip_low=0.05, clip_high=0.05, beta=0.2, microbatch=3)
-    params = moved(PARAMS)
-    full, _ = gradient(params, batch, config, UNIFORM, range(T), on_policy=False)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(kl="exact", microbatch=3),
+        LossConfig(kl="k3", microbatch=3),
+        LossConfig(ratio="step", kl="flow_grpo", microbatch=3),
+    ],
+)
+def test_a_few_steps_are_an_unbiased_estimate(config):
+    """The mean over all C(4, 2) subsets equals the full gradient."""
+    params, plan = moved(PARAMS), plan_for(config)
+    full, _ = gradient(params, config, plan)
     subsets = list(itertools.combinations(range(T), 2))
-    compiled = jax.jit(
-        lambda steps: loss_gradient(
-            policy, config, params, None, SCHEDULE, batch, UNIFORM, jnp.arange(T), steps,
-            on_policy=False,
-        )[0]
-    )  # fmt: skip
-    total = None
-    for steps in subsets:
-        part = compiled(jnp.asarray(steps))
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
-    assert_close(jax.tree.map(lambda x: x / len(subsets), total), full)
+    parts = [
+        gradient(params, config, plan._replace(steps=jnp.asarray(steps)))[0] for steps in subsets
+    ]
+    assert_close(jax.tree.map(lambda *x: sum(x) / len(subsets), *parts), full)
 
 
-def test_gradient_never_reaches_the_reference(batch):
-    config = LossConfig(beta=1.0, microbatch=6)
+@pytest.mark.parametrize("kind", ["exact", "k1", "k2", "k3", "flow_grpo"])
+def test_kl_gradient_reaches_the_policy_and_never_the_reference(kind):
+    config = LossConfig(kl=kind, microbatch=6)
+    idle = batch_for()._replace(advantages=jnp.zeros(B))
+    ours, metrics = gradient(PARAMS, config, plan_for(config), batch=idle, on_policy=True)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(ours["network"])) > 0
+    assert float(metrics["kl"]) != 0
 
-    def loss_of(means):
-        moved_batch = batch._replace(reference_means=means, advantages=jnp.zeros(B))
-        _, metrics = loss_gradient(
-            policy, config, PARAMS, None, SCHEDULE, moved_batch, UNIFORM, jnp.arange(T),
-            jnp.arange(T), on_policy=True,
+    # A reference that is computed from the same parameters: the whole loss, differentiated through
+    # it, has another gradient; ours must be the one that treats it as a constant.
+    def through(params, stop):
+        held = jax.lax.stop_gradient(params) if stop else params
+        reference = policy_steps(
+            policy(held, None), SCHEDULE, idle.trajectory.latents + 0.1, CONDITION, jnp.arange(T),
+            reduction="mean",
         )  # fmt: skip
-        return metrics["kl"]
+        return whole_loss(params, config, plan_for(config), 0.5, idle._replace(reference=reference))
 
-    assert float(loss_of(batch.reference_means)) > 0
-    policy_gradient, _ = gradient(
-        PARAMS, batch._replace(advantages=jnp.zeros(B)), config, UNIFORM, range(T), on_policy=True
+    constant, moving = (jax.grad(through)(PARAMS, stop) for stop in (True, False))
+    reference = policy_steps(
+        policy(PARAMS, None), SCHEDULE, idle.trajectory.latents + 0.1, CONDITION, jnp.arange(T),
+        reduction="mean",
+    )  # fmt: skip
+    ours, _ = gradient(
+        PARAMS, config, plan_for(config), batch=idle._replace(reference=reference), on_policy=True
     )
-    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(policy_gradient)) > 0
+    assert_close(ours, constant, 1e-3)
+    with pytest.raises(AssertionError):
+        assert_close(ours, moving, 1e-3)
 
 
-def test_update_improves_the_surrogate_and_counts_nothing_as_skipped(batch):
-    config = LossConfig(clip_low=0.2, clip_high=0.2, microbatch=3)
+@pytest.mark.parametrize("kind", ["exact", "k1", "k2", "k3", "flow_grpo"])
+def test_kl_of_each_image_equals_that_of_the_loss(kind):
+    config = LossConfig(kl=kind, microbatch=6)
+    batch = batch_for()
+    each = jax.jit(
+        lambda: trajectory_kl(
+            policy(PARAMS, None), SCHEDULE, policy(REFERENCE, None), SCHEDULE, batch.trajectory,
+            CONDITION, jnp.arange(T), kind=kind, reduction="mean",
+        )
+    )()  # fmt: skip
+    _, metrics = gradient(PARAMS, config, plan_for(config), on_policy=True)
+    np.testing.assert_allclose(each.mean(), metrics["kl"], rtol=1e-4, atol=1e-7)
+
+
+def test_estimators_agree_with_the_exact_kl_over_many_draws():
+    # One step from one x_t: k1 and k3 average to the KL of the two Gaussians over its draws.
+    n, i = 20_000, 1
+    x_t = jnp.broadcast_to(batch_for().trajectory.latents[i, :1], (1, *SHAPE))
+    condition = CONDITION[:1]
+    means = [
+        step_distribution(SCHEDULE, i, x_t, policy(p, None)(x_t, SCHEDULE.timesteps[i], condition))
+        for p in (PARAMS, moved(PARAMS, 0.1))
+    ]
+    (p, std), (q, _) = means
+    x = p + std * jax.random.normal(jax.random.key(0), (n, *SHAPE))
+    delta = (norm.logpdf(x, p, std) - norm.logpdf(x, q, std)).sum((1, 2, 3))
+    exact = float(jnp.square(p - q).sum() / (2 * std**2))
+    assert exact > 1e-3
+    spread = np.sqrt(2 * exact / n)
+    assert abs(float(delta.mean()) - exact) < 5 * spread
+    assert abs(float((jnp.exp(-delta) - 1 + delta).mean()) - exact) < 5 * exact / np.sqrt(n) * 3
+
+
+def test_update_improves_the_surrogate_and_counts_nothing_as_skipped():
+    config = LossConfig(microbatch=3)
     optimizer = optax.adam(1e-3)
-    update = make_update(policy, config, optimizer)
+    update = make_update(compiled(config), optimizer)
     params = jax.tree.map(jnp.copy, PARAMS)
     state = TrainState(params, optimizer.init(params))
-    arguments = (None, SCHEDULE, batch, UNIFORM, jnp.arange(T), jnp.arange(T))
+    arguments = None, SCHEDULE, batch_for(), plan_for(config, clip=0.2), jnp.float32(0)
     state, first = update(state, *arguments, on_policy=True)
     state, second = update(state, *arguments, on_policy=False)
     assert float(second["policy_loss"]) < float(first["policy_loss"])
@@ -253,20 +371,49 @@ def test_update_improves_the_surrogate_and_counts_nothing_as_skipped(batch):
     assert float(second["approx_kl"]) > 0
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_parameters(batch):
-    config = LossConfig(microbatch=3)
+def test_a_gradient_that_is_not_finite_leaves_the_state():
     optimizer = optax.adam(1e-3)
-    update = make_update(policy, config, optimizer)
+    config = LossConfig(microbatch=3)
+    update = make_update(compiled(config), optimizer, ema_decay=0.9)
     params = jax.tree.map(jnp.copy, PARAMS)
-    state = TrainState(params, optimizer.init(params))
-    bad = batch._replace(advantages=batch.advantages.at[0].set(jnp.nan))
-    state, metrics = update(
-        state, None, SCHEDULE, bad, UNIFORM, jnp.arange(T), jnp.arange(T), on_policy=True
-    )
+    state = TrainState(params, optimizer.init(params), jax.tree.map(jnp.copy, PARAMS))
+    bad = batch_for()._replace(advantages=batch_for().advantages.at[0].set(jnp.nan))
+    arguments = None, SCHEDULE, bad, plan_for(config), jnp.float32(0)
+    state, metrics = update(state, *arguments, on_policy=True)
     assert float(metrics["skipped"]) == 1.0
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(PARAMS), strict=True):
-        assert (a == b).all()
+    for kept in (state.params, state.average):
+        for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(PARAMS), strict=True):
+            assert (a == b).all()
 
 
-def test_trajectory_is_a_pytree():
-    assert len(jax.tree.leaves(Trajectory(1, 2, 3))) == 3
+def test_memory_grows_neither_with_the_steps_nor_with_the_microbatches():
+    """By the compiled programs' own analysis; the recorded latents are an input."""
+    config = LossConfig(kl="exact", microbatch=3)
+    loss = compile_loss(policy, config)
+    temporary = {}
+    for steps in (4, 32):
+        schedule = make_schedule(SCHEDULER, steps, eta=1.0)
+        latents = jnp.zeros((steps + 1, 3, *SHAPE))
+        trajectory = Trajectory(latents, schedule.timesteps, jnp.zeros((steps, 3)))
+        reference = batch_for().reference._replace(means=latents[:-1], log_probs=None)
+        mb = UpdateBatch(trajectory, CONDITION[:3], jnp.ones(3), reference)
+        plan = plan_steps(schedule, latent_size=SIZE, clip_low=0.1, clip_high=0.1)
+        common = PARAMS, None, schedule, mb, plan, jnp.float32(1)
+        pulls, _ = loss.terms(*common, on_policy=False)
+        shares = Shares(jnp.float32(1), jnp.float32(1))
+        programs = (
+            loss.terms.lower(*common, on_policy=False),
+            loss.accumulate.lower(PARAMS, *common, jnp.int32(0), pulls, shares),
+        )
+        analyses = [program.compile().memory_analysis() for program in programs]
+        temporary[steps] = [analysis.temp_size_in_bytes for analysis in analyses]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
+        assert analyses[1].alias_size_in_bytes >= size  # the gradient is summed in place
+    assert temporary[4] == temporary[32]
+
+    run = make_gradient(loss)
+    for count in (3, 6):
+        batch = batch_for().take(slice(0, count))
+        arguments = PARAMS, None, SCHEDULE, batch, plan_for(config), jnp.float32(1)
+        run(*arguments, on_policy=False)
+    assert loss.accumulate._cache_size() == 1  # one program whatever the number of microbatches

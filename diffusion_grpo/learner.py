@@ -1,0 +1,253 @@
+"""What the two algorithms of a run share: its state, advantages, optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_grpo.advantages import (
+    RewardHistory,
+    best_and_worst,
+    running_advantages,
+    weighted_advantages,
+)
+from diffusion_grpo.config import Config, GRPOOptions
+from diffusion_grpo.grpo import adapted_beta
+from diffusion_grpo.optim import TrainState, make_optimizer
+from diffusion_grpo.pipeline import TrainablePolicy
+from diffusion_grpo.schedule import Schedule, SchedulerConfig, make_schedule
+from diffusion_grpo.steps import StepPlan, noise_window
+
+
+class LearnerState(NamedTuple):
+    """All that training changes; a checkpoint holds its leaves.
+
+    Attributes:
+        train: parameters, optimizer state and average.
+        old: parameters of DiffusionNFT's old policy, or None.
+        beta: β, float32 scalar; adapted where there is a target KL.
+        history: reward name to `RewardHistory`, for running advantages.
+    """
+
+    train: TrainState
+    old: Any
+    beta: Any
+    history: dict[str, RewardHistory]
+
+
+class Rollout(NamedTuple):
+    """The images of one iteration as they were sampled.
+
+    Attributes:
+        final: clean latents `[B, h, w, c]`.
+        schedule: the denoising steps.
+        batch: what the update learns from, advantages still 0.
+        plan: which steps it learns from, or None where it learns from none.
+        kl: each image's KL to the reference `[B]`, where that is subtracted from the reward.
+    """
+
+    final: Any
+    schedule: Schedule
+    batch: Any
+    plan: StepPlan | None = None
+    kl: Any = None
+
+
+def penalized(total: np.ndarray, state: LearnerState, rollout: Rollout) -> Any:
+    """Return the summed reward `[B]`, less β KL where the KL is in the reward."""
+    return total if rollout.kl is None else jnp.asarray(total) - state.beta * rollout.kl
+
+
+def image_advantages(
+    options: GRPOOptions,
+    scores: Mapping[str, np.ndarray],
+    total: Any,
+    weights: Sequence[float],
+    *,
+    kept: np.ndarray,
+    group_size: int,
+    prompt_index: np.ndarray,
+    history: Mapping[str, RewardHistory],
+) -> tuple[Any, dict[str, RewardHistory]]:
+    """Return the advantages of an iteration's images, and the rewards' history with them.
+
+    Args:
+        options: which advantage, of the summed reward or of each.
+        scores: reward name to `[B]`, unweighted.
+        total: `[B]`, the weighted sum, less β KL where that is in the reward.
+        weights: of the rewards, in the order of `scores`.
+        kept: `[B]`, false for the images of a group that was dropped, whose advantages are 0.
+        group_size: G.
+        prompt_index: `[B]`, each image's prompt in its list.
+        history: of the iterations before; empty unless the advantages are running ones.
+
+    Returns:
+        Advantages `[B]`, float32, clipped.
+    """
+    (rows,) = np.nonzero(kept)
+    rewards, factors = {"total": jnp.asarray(total)[rows]}, {"total": 1.0}
+    if options.combine == "advantages":
+        rewards = {name: jnp.asarray(score[rows]) for name, score in scores.items()}
+        factors = dict(zip(scores, weights, strict=True))
+    after = dict(history)
+    if options.advantage == "running":
+        parts = []
+        for name, reward in rewards.items():
+            advantages, after[name] = running_advantages(
+                reward,
+                prompt_index[rows],
+                history[name],
+                min_count=options.running_min,
+                eps=options.advantage_eps,
+            )
+            parts.append(factors[name] * advantages)
+        advantages = jnp.stack(parts).sum(axis=0)
+    else:
+        advantages = weighted_advantages(
+            rewards, factors, group_size, kind=options.advantage, eps=options.advantage_eps
+        )
+    advantages = jnp.clip(advantages, -options.advantage_clip, options.advantage_clip)
+    if len(rows) < len(kept):
+        advantages = jnp.zeros(len(kept), jnp.float32).at[rows].set(advantages)
+    return advantages, after
+
+
+class Learner:
+    """What the algorithms share: optimizer, schedule, state, advantages, and the choice of images.
+
+    Attributes:
+        learning_rate: iteration → learning rate.
+        notes: what the user is told at the start, a line each.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: TrainablePolicy,
+        scheduler: SchedulerConfig,
+        latent: tuple[int, int, int],
+    ) -> None:
+        """Prepare; see `make_learner`."""
+        self.config, self.policy, self.latent = config, policy, latent
+        self._scheduler = scheduler
+        self._optimizer, self.learning_rate = make_optimizer(
+            config.optim, config.grpo.updates_per_rollout, config.run.iterations
+        )
+        self.notes: list[str] = []
+
+    def init(self, num_prompts: int) -> LearnerState:
+        """Return the state before training.
+
+        Args:
+            num_prompts: of the training list, for running advantages.
+        """
+        options, reference = self.config.grpo, self.policy.trained
+        # Copies: an update donates its state, and the reference must outlive it.
+        params = _copy(reference)
+        average = None if self.config.optim.ema_decay is None else _copy(reference)
+        names = (
+            [spec.name for spec in self.config.training_rewards()]
+            if options.combine == "advantages"
+            else ["total"]
+        )
+        history = {name: RewardHistory.empty(num_prompts, options.running_size) for name in names}
+        return LearnerState(
+            train=TrainState(params, self._optimizer.init(params), average),
+            old=_copy(reference) if options.algorithm == "nft" else None,
+            beta=jnp.float32(options.beta),
+            history=history if options.advantage == "running" else {},
+        )
+
+    def schedule(self, iteration: int) -> Schedule:
+        """Return the denoising steps of an iteration, those outside its window deterministic."""
+        rollout = self.config.rollout
+        steps = make_schedule(self._scheduler, rollout.num_steps, eta=rollout.eta)
+        if rollout.window_size is None:
+            return steps
+        noisy = noise_window(
+            steps,
+            rollout.window_size,
+            start=rollout.window_start,
+            every=rollout.window_every,
+            iteration=iteration,
+        )
+        return make_schedule(
+            self._scheduler, rollout.num_steps, eta=rollout.eta, stochastic_steps=noisy
+        )
+
+    def sample(
+        self,
+        state: LearnerState,
+        iteration: int,
+        noise: Any,
+        keys: Any,
+        conditioning: Any,
+        *,
+        on_chunk: Callable[[jax.Array], None] | None = None,
+    ) -> Rollout:
+        """Draw an iteration's images.
+
+        Args:
+            state: of training.
+            iteration: of the run.
+            noise: x_T, `[B, h, w, c]`.
+            keys: `[B]`, of the steps' noise.
+            conditioning: prompt embeddings `[B, n, d]`, negative ones `[1, n, d]`.
+            on_chunk: called with the clean latents of each microbatch as they are drawn.
+        """
+        raise NotImplementedError
+
+    def probe(self, state: LearnerState, rollout: Rollout) -> str | None:
+        """Compare log-probs of rollout and update before the first update; says what it found.
+
+        Raises:
+            UsageError: they differ by more than the clip range; see `check_drift`.
+        """
+        return None
+
+    def learn(
+        self, state: LearnerState, rollout: Rollout, advantages: Any, iteration: int, keys: Any
+    ) -> tuple[LearnerState, list[dict[str, Any]]]:
+        """Take the iteration's optimizer steps.
+
+        Args:
+            state: of training; donated.
+            rollout: of `sample`.
+            advantages: `[B]`.
+            iteration: of the run.
+            keys: `[B]`, of what the loss draws.
+
+        Returns:
+            The state, and the metrics of each optimizer step.
+        """
+        raise NotImplementedError
+
+    def _chosen(self, batch: Any, advantages: Any) -> Any:
+        """Return the batch with its advantages, of the best and worst images where asked for."""
+        batch = batch._replace(advantages=advantages)
+        count = self.config.grpo.best_and_worst
+        if count is None:
+            return batch
+        return batch.take(best_and_worst(advantages, self.config.rollout.images_per_prompt, count))
+
+    def _with_beta(
+        self, state: LearnerState, history: list[dict[str, Any]]
+    ) -> tuple[LearnerState, list[dict[str, Any]]]:
+        """Add β to the metrics, and adapt it to the iteration's KL where there is a target."""
+        options = self.config.grpo
+        if not options.beta:
+            return state, history
+        beta = float(state.beta)
+        history = [metrics | {"beta": beta} for metrics in history]
+        if options.kl_target is not None:
+            kl = float(np.mean([metrics["kl"] for metrics in history]))
+            state = state._replace(beta=jnp.float32(adapted_beta(beta, kl, options.kl_target)))
+        return state, history
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)

@@ -1,0 +1,221 @@
+"""Whole runs of the algorithms and their state, on a checkpoint that Diffusers itself wrote."""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from torch_checkpoints import write_pipeline
+
+import diffusion_grpo.train as train_module
+from diffusion_grpo.advantages import RewardHistory, group_advantages, running_advantages
+from diffusion_grpo.config import GRPOOptions, load_config
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.learner import LearnerState, Rollout, image_advantages, penalized
+from diffusion_grpo.learning import make_learner
+from diffusion_grpo.metrics import read_metrics
+from diffusion_grpo.optim import TrainState
+from diffusion_grpo.pipeline import make_policy
+from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.train import train
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("learning") / "pipeline"
+    return write_pipeline(directory, prediction_type="v_prediction")
+
+
+def config_for(checkpoint, folder, *words):
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\ntwo green stars\n")
+    common = f"""--model {checkpoint} --prompts.train {prompts} --prompts.heldout {prompts}
+        --reward.rewards jpeg_size --rollout.prompts-per-iteration 2 --rollout.images-per-prompt 4
+        --rollout.num-steps 3 --rollout.microbatch 4 --grpo.microbatch 2 --eval.num-prompts 1
+        --eval.num-steps 1 --run.iterations 2 --run.sample-every 0 --optim.learning-rate 1e-3
+        --rollout.guidance-scale 1 --run.output {folder / "run"}"""
+    return load_config(None, [*common.split(), *" ".join(words).split()])
+
+
+RUNS = {
+    "grpo": (
+        "--grpo.ratio step --grpo.guard True --grpo.kl k3 --grpo.beta 0.1 --grpo.kl-target 1e-6",
+        "--grpo.advantage running --grpo.running-min 2 --grpo.best-and-worst 1",
+        "--optim.optimizer lion --optim.schedule cosine --optim.ema-decay 0.5",
+        "--rollout.window-size 2 --rollout.window-every 1 --grpo.gradient-steps 1",
+    ),
+    "noise": (
+        "--grpo.learn-noise-scale True --grpo.entropy-coeff 0.01 --grpo.kl exact --grpo.beta 0.1",
+        "--grpo.kl-in reward --grpo.ratio-base reference --grpo.timestep-fraction 0.7",
+        "--optim.optimizer adafactor",
+    ),
+    "nft": (
+        "--grpo.algorithm nft --rollout.eta 0 --nft.timesteps 2 --grpo.kl mse --grpo.beta 0.1",
+        "--optim.ema-decay 0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_was_interrupted_ends_as_the_undisturbed_one(
+    name, checkpoint, tmp_path, monkeypatch
+):
+    """With the whole state: averages, old policy, adapted β, running rewards, moments."""
+    folders = [tmp_path / "whole", tmp_path / "broken"]
+    exported, states = [], [None]
+
+    def export(config, model, policy, trained, directory):
+        exported.append(jax.device_get(jax.tree.leaves(trained)))
+        return originals["export"](config, model, policy, trained, directory)
+
+    def leaves(state):
+        states[-1:] = [jax.device_get(state.train)]
+        return originals["leaves"](state)
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return originals["image_advantages"](*arguments, **options)
+
+    originals = dict(vars(train_module))
+    monkeypatch.setattr(train_module, "export", export)
+    monkeypatch.setattr(train_module, "leaves", leaves)
+    for folder in folders:
+        folder.mkdir()
+    whole = config_for(checkpoint, folders[0], *RUNS[name])
+    train(whole)
+    states.append(None)
+    broken = config_for(checkpoint, folders[1], *RUNS[name])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "image_advantages", interrupted)
+        train(broken)
+    train(broken, resume=True)
+
+    first, second = (load_file(folder / "run" / "final" / UNET) for folder in folders)
+    assert all((first[key] == second[key]).all() for key in first)
+    rows = [read_metrics(folder / "run") for folder in folders]
+    for a, b in zip(*rows, strict=True):
+        same = {key for key in a if "time/" not in key and key != "images_per_second"}
+        assert {key: a[key] for key in same} == {key: b[key] for key in same}
+        for key in same:
+            assert np.isfinite(a[key])
+
+    # What the run learned from is in its metrics, and what it exports is the average where on.
+    directory = folders[0] / "run"
+    assert load_config(str(directory / "config.yaml")) == whole
+    last = rows[0][-1]
+    assert {"kl", "beta", "policy_loss", "grad_norm"} <= last.keys()
+    if name == "grpo":
+        text = (directory / "config.yaml").read_text()
+        assert text.startswith("# clip range: the ratio acts within 0.99")
+        assert last["beta"] > rows[0][0]["beta"] == pytest.approx(0.1)
+        assert last["learning_rate"] < rows[0][0]["learning_rate"]
+        assert last["ratio/max"] != 1 and last["entropy"] != 0
+    if name == "nft":
+        assert "ratio/mean" not in last and last["old_distance"] > 0
+    if name == "noise":
+        assert last["noise_scale/max"] != 1
+        assert last["kl"] > 0
+    train_state = states[0]
+    for leaf in jax.tree.leaves(train_state):
+        assert np.isfinite(leaf).all()
+    average = train_state.params if name == "noise" else train_state.average
+    for a, b in zip(jax.tree.leaves(average), exported[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    if name != "noise":
+        moved = zip(jax.tree.leaves(train_state.params), exported[0], strict=True)
+        assert any((a != b).any() for a, b in moved)
+
+
+def test_the_user_is_told_what_the_options_come_to(checkpoint, tmp_path):
+    model = StableDiffusion.from_pretrained(checkpoint)
+
+    def notes(*words):
+        config = config_for(checkpoint, tmp_path, *words)
+        policy = make_policy(model, guidance_scale=1.0)
+        return make_learner(config, policy, model.scheduler_config, (8, 8, 4)).notes
+
+    plain = notes("--grpo.clip-low 1e-4 --grpo.clip-high 2e-4")
+    # √(16384/256) · √3 = 13.856
+    low, high = 0.9999**13.8564, 1.0002**13.8564
+    assert len(plain) == 1
+    assert f"within {low:.6g} to {high:.6g} (for a latent of 8 x 8 x 4, 3 steps" in plain[0]
+    assert "always 1" in notes("--grpo.updates-per-rollout 1")[1]
+    assert "has no effect" in notes("--grpo.entropy-coeff 0.1")[1]
+    assert len(notes("--grpo.entropy-coeff 0.1 --grpo.learn-noise-scale True")) == 1
+    assert "gradient of mean 0" in notes("--grpo.kl k1 --grpo.beta 0.1")[1]
+    assert "within 0.9999 to 1.0001 (as given)" in notes("--grpo.clip-scale none")[0]
+    assert notes("--grpo.algorithm nft") == []
+
+
+def test_a_window_beyond_the_steps_with_noise_is_refused_before_anything_is_compiled(
+    checkpoint, tmp_path
+):
+    model = StableDiffusion.from_pretrained(checkpoint)
+    scheduler = dataclasses.replace(
+        model.scheduler_config, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=0
+    )
+    words = "--rollout.window-size 1 --rollout.window-start 2"
+    for algorithm in ("", "--grpo.algorithm nft"):
+        config = config_for(checkpoint, tmp_path, words, algorithm)
+        policy = make_policy(model, guidance_scale=1.0)
+        with pytest.raises(UsageError, match="only 2 of the 3 steps have noise"):
+            make_learner(config, policy, scheduler, (8, 8, 4))
+
+
+SCORES = {
+    "a": np.array([0.1, 0.4, 0.35, 2.0, -1.0, 0.0, 5.7, 5.8], np.float32),
+    "b": np.array([30.0, 10.0, 20.0, 0.0, 5.0, 5.0, 5.0, 5.0], np.float32),
+}
+
+
+def advantages(options, total=None, history=None):
+    total = 2 * SCORES["a"] - SCORES["b"] if total is None else total
+    return image_advantages(
+        options,
+        SCORES,
+        total,
+        (2.0, -1.0),
+        kept=np.ones(len(total), bool),
+        group_size=4,
+        prompt_index=np.repeat([1, 0], 4),
+        history=history or {},
+    )
+
+
+def test_advantages_are_of_the_summed_reward_or_of_each():
+    total = jnp.asarray(2 * SCORES["a"] - SCORES["b"])
+    ours, history = advantages(GRPOOptions())
+    np.testing.assert_allclose(ours, group_advantages(total, 4), rtol=1e-6)
+    assert history == {}
+    ours, _ = advantages(GRPOOptions(combine="advantages"))
+    each = [np.asarray(group_advantages(jnp.asarray(s), 4)) for s in SCORES.values()]
+    np.testing.assert_allclose(ours, 2 * each[0] - each[1], rtol=1e-5)
+    ours, _ = advantages(GRPOOptions(advantage_clip=0.5))
+    assert float(jnp.abs(ours).max()) == 0.5
+
+
+def test_running_advantages_keep_a_history_of_each_reward():
+    options = GRPOOptions(advantage="running", combine="advantages", running_min=3)
+    empty = {name: RewardHistory.empty(2, 8) for name in SCORES}
+    ours, history = advantages(options, history=empty)
+    index = np.repeat([1, 0], 4)
+    each = [np.asarray(running_advantages(s, index, empty["a"], min_count=3)[0])
+            for s in SCORES.values()]  # fmt: skip
+    np.testing.assert_allclose(ours, 2 * each[0] - each[1], rtol=1e-5)
+    assert set(history) == {"a", "b"} and history["b"].counts.tolist() == [4, 4]
+    assert (empty["b"].counts == 0).all()
+
+
+def test_the_kl_is_subtracted_from_the_reward_where_it_is_in_it():
+    state = LearnerState(TrainState(None, None), None, jnp.float32(0.5), {})
+    total = np.array([1.0, 2.0], np.float32)
+    rollout: Rollout = Rollout(None, None, None)
+    assert penalized(total, state, rollout) is total
+    with_kl = rollout._replace(kl=jnp.asarray([0.2, 4.0]))
+    np.testing.assert_allclose(penalized(total, state, with_kl), [0.9, 0.0], rtol=1e-6)

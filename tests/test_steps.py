@@ -1,0 +1,206 @@
+"""Windows, weights, random steps, and the clip range that a choice of them comes to."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.schedule import (
+    SchedulerConfig,
+    alphas_cumprod,
+    flow_step_sizes,
+    make_schedule,
+    scaled_noise,
+    step_sensitivity,
+)
+from diffusion_grpo.steps import (
+    active_steps,
+    choose_steps,
+    clip_scale,
+    fraction_of,
+    noise_window,
+    plan_steps,
+    step_weights,
+)
+
+
+def scheduler(**fields):
+    return SchedulerConfig(
+        **{
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": False,
+            "clip_sample": False,
+            **fields,
+        }
+    )
+
+
+def schedule(steps=10, *, eta=1.0, **options):
+    return make_schedule(scheduler(), steps, eta=eta, **options)
+
+
+@pytest.mark.parametrize(("steps", "size"), [(10, 1), (10, 3), (8, 4), (5, 5), (25, 4)])
+@pytest.mark.parametrize("last_has_noise", [True, False])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_moving_window_is_never_empty_and_covers_every_step_with_noise(
+    steps, size, last_has_noise, every
+):
+    whole = make_schedule(scheduler(set_alpha_to_one=not last_has_noise), steps, eta=1.0)
+    noisy = np.asarray(whole.stochastic)
+    assert noisy.sum() == steps - (not last_has_noise)
+    if size > noisy.sum():
+        with pytest.raises(UsageError, match="only 4 of the 5 steps have noise"):
+            noise_window(whole, size)
+        return
+    rounds = (noisy.sum() - size + 1) * every
+    windows = [noise_window(whole, size, every=every, iteration=i) for i in range(rounds)]
+    for window in windows:
+        assert sum(window) == size  # as many as asked for, each of which has noise
+        assert not (np.array(window) & ~noisy).any()
+        first = window.index(True)
+        assert all(window[first : first + size])
+    covered = np.array(windows).sum(axis=0)
+    assert ((covered > 0) == noisy).all()
+    assert windows[0] == windows[every - 1]
+    again = noise_window(whole, size, every=every, iteration=int(rounds))
+    assert again == windows[0]
+
+
+def test_a_window_that_stays_begins_where_it_is_put():
+    assert noise_window(schedule(5), 2, start=1, iteration=9) == [False, True, True, False, False]
+    with pytest.raises(UsageError, match="window of 3 steps from step 3"):
+        noise_window(schedule(5), 3, start=3)
+
+
+def test_given_weights_count_on_steps_with_noise_only():
+    window = schedule(4, stochastic_steps=[True, True, False, False])
+    assert step_weights(window, "given", (0.5, 0.0, 2.0, 1.0)).tolist() == [0.5, 0, 0, 0]
+    with pytest.raises(UsageError, match="0 on every step with noise"):
+        step_weights(window, "given", (0.0, 0.0, 2.0, 1.0))
+    with pytest.raises(UsageError, match="3 step weights.*4 denoising steps"):
+        step_weights(window, "given", (1.0, 1.0, 1.0))
+
+
+def test_active_steps_have_noise_and_weight():
+    window = schedule(5, stochastic_steps=[True, True, True, False, False])
+    assert active_steps(window, jnp.ones(5).at[1].set(0)).tolist() == [0, 2]
+
+
+def test_steps_are_drawn_uniformly_and_without_replacement():
+    active = jnp.asarray([0, 2, 3, 7])
+    assert choose_steps(active, None, (0, 0, 0)).tolist() == [0, 2, 3, 7]
+    assert choose_steps(active, 4, (0, 0, 0)).tolist() == [0, 2, 3, 7]
+    draws = [tuple(choose_steps(active, 2, (5, i, 1)).tolist()) for i in range(600)]
+    counts = {pair: draws.count(pair) for pair in itertools.combinations([0, 2, 3, 7], 2)}
+    assert sum(counts.values()) == 600  # every draw is one of the six pairs, in order
+    assert min(counts.values()) > 60 and max(counts.values()) < 140
+    assert draws[3] == tuple(choose_steps(active, 2, (5, 3, 1)).tolist())
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "want"), [(10, 0.6, 6), (3, 1.0, 3), (10, 0.01, 1), (4, 0.4, 2)]
+)
+def test_a_fraction_is_one_step_at_least(count, fraction, want):
+    assert fraction_of(count, fraction) == want
+
+
+def plan(steps, **options):
+    defaults = {"latent_size": 64 * 64 * 4, "clip_low": 1e-4, "clip_high": 1e-4}
+    return plan_steps(steps, **{**defaults, **options})
+
+
+def test_a_fraction_of_the_steps_is_drawn_anew_each_iteration():
+    plans = [plan(schedule(), fraction=0.6, draw=(0, i)) for i in range(40)]
+    assert all(len(p.active) == 6 and p.active.tolist() == p.steps.tolist() for p in plans)
+    assert set(np.concatenate([p.active for p in plans]).tolist()) == set(range(10))
+    assert len({tuple(p.active.tolist()) for p in plans}) > 20
+
+
+def test_the_clip_range_is_as_given_for_one_step_of_a_64x64x4_latent():
+    for options in ({"ratio": "step"}, {"weights": "given", "given": (0.0,) * 9 + (1.0,)}):
+        ours = plan(schedule(), **options)
+        np.testing.assert_allclose([ours.clip_low, ours.clip_high], 1e-4, rtol=1e-5)
+    same = plan(schedule(), latent_size=7, scale_clip=False)
+    np.testing.assert_allclose([same.clip_low, same.clip_high], 1e-4, rtol=1e-5)
+
+
+def test_the_demo_s_clip_range_acts_as_the_one_it_was_tuned_with():
+    from diffusion_grpo.config import PRESETS
+
+    demo = PRESETS["demo"]
+    assert demo.rollout.window_size is not None and demo.grpo.clip_scale == "auto"
+    window = noise_window(schedule(demo.rollout.num_steps), demo.rollout.window_size)
+    ours = plan(
+        schedule(demo.rollout.num_steps, stochastic_steps=window),
+        latent_size=8 * 8 * 4,
+        clip_low=demo.grpo.clip_low,
+        clip_high=demo.grpo.clip_high,
+    )
+    np.testing.assert_allclose([ours.clip_low, ours.clip_high], 4e-3, rtol=0.01)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weights", ["uniform", "gain"])
+def test_the_clip_scale_is_how_much_wider_log_ratios_spread(weights, reduction):
+    """By simulation: the network's output changes alike at every step and every element."""
+    steps, change, n = schedule(), 0.003, 4000
+    rng = np.random.default_rng(0)
+    moves = change * np.asarray(step_sensitivity(steps), np.float64)  # Δμ/σ
+
+    def log_ratio(size, i, how):
+        z = rng.normal(size=(n, size))
+        return getattr(norm.logpdf(z, moves[i], 1) - norm.logpdf(z), how)(axis=1)
+
+    w = np.asarray(step_weights(steps, weights), np.float64)
+    active = np.flatnonzero(w)
+    total = sum(w[i] * log_ratio(100, i, reduction) for i in active)
+    # one step of the nominal latent with the steps' root mean square, by the closed form
+    nominal = np.sqrt(np.square(moves[active]).mean() / 16384)
+    scale = clip_scale(steps, jnp.asarray(w), jnp.asarray(active), 100, ratio="trajectory",
+                       reduction=reduction)  # fmt: skip
+    np.testing.assert_allclose(total.std() / nominal, scale, rtol=0.04)
+    if weights == "uniform":
+        np.testing.assert_allclose(
+            scale, np.sqrt(16384 / 100 * 10) * (100 if reduction == "sum" else 1), rtol=1e-5
+        )
+
+
+def test_dual_clip_is_scaled_like_the_range_and_stays_above_one():
+    assert plan(schedule()).dual_clip is None
+    ours = plan(schedule(), latent_size=1024, dual_clip=3.0, ratio="step")
+    np.testing.assert_allclose(ours.dual_clip, 3.0**4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_flow_step_sizes_are_the_time_of_the_straight_path(prediction):
+    steps = make_schedule(scheduler(prediction_type=prediction), 8, eta=1.0)
+    abar = alphas_cumprod(scheduler())
+
+    def tau(a):
+        return np.sqrt(1 - a) / (np.sqrt(a) + np.sqrt(1 - a))
+
+    times = [tau(abar[t]) for t in (999, 874, 749, 624, 499, 374, 249, 124)] + [tau(abar[0])]
+    np.testing.assert_allclose(flow_step_sizes(steps), -np.diff(times), rtol=1e-4)
+    # the noised latent is on the straight path between clean latent and noise
+    a = abar[499]
+    x0, e = 1.7, -0.4
+    x = (np.sqrt(a) * x0 + np.sqrt(1 - a) * e) / (np.sqrt(a) + np.sqrt(1 - a))
+    assert x == pytest.approx((1 - tau(a)) * x0 + tau(a) * e)
+
+
+def test_scaled_noise_changes_the_noise_and_no_mean():
+    window = schedule(3, stochastic_steps=[True, True, False])
+    ours = scaled_noise(window, jnp.log(jnp.asarray([2.0, 0.5, 3.0])))
+    np.testing.assert_allclose(ours.std, window.std * jnp.asarray([2.0, 0.5, 0.0]), rtol=1e-6)
+    for name in ("signal_scale", "direction_scale", "next_signal_scale", "timesteps"):
+        assert (getattr(ours, name) == getattr(window, name)).all()
+    slope = jax.grad(lambda s: scaled_noise(window, s).std.sum())(jnp.zeros(3))
+    np.testing.assert_allclose(slope, window.std, rtol=1e-6)
