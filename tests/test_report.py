@@ -2,12 +2,14 @@ import json
 import os
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
 from recorded_run import HOSTILE, record_run
 
+from diffusion_grpo.commands.view import make_server
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.metrics import MetricsLog, metric_meanings, read_metrics
 from diffusion_grpo.report import report_data, report_page, write_report
@@ -145,7 +147,7 @@ def test_zoom_narrows_every_chart_and_goes_back(opened):
     # hovering one chart reads the values of all
     page.mouse.move(over["x"] + over["width"] * 0.9, over["y"] + 40)
     page.wait_for_timeout(100)
-    legend = charts.nth(1).locator(".u-value").all_inner_texts()
+    legend = charts.filter(has_text="Clip fraction").locator(".u-value").all_inner_texts()
     assert legend[0].isdigit() and float(legend[1]) > 0
 
 
@@ -168,6 +170,29 @@ def test_runs_are_compared_on_the_same_charts(opened, run_dir, tmp_path):
     page.locator("#run").select_option("1")
     assert page.locator("#lapse-label").inner_text() == "before training"
     assert page.locator("#lapse-grid .tile").count() == 4
+
+
+def test_a_live_page_follows_the_run(browser, tmp_path):
+    directory = record_run(tmp_path / "live", iterations=2, heldout=4, finished=False)
+    complaints = []
+    with make_server([str(directory)], every=0.2) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            page = browser.new_page()
+            page.on("console", lambda message: complaints.append(message.text))
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
+            assert "2 of 2 iterations so far" in page.locator("#subtitle").inner_text()
+            picture = page.locator("#lapse-grid .picture").first
+            assert "sheet/0/evaluation_00000.webp" in picture.get_attribute("style")
+            (directory / "evaluation.json").write_text("{}")
+            page.get_by_text("finished · ").wait_for()
+            page.close()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert complaints == []
 
 
 def test_a_run_that_has_just_begun_has_a_page(opened, tmp_path):

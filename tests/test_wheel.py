@@ -76,6 +76,8 @@ def test_wheel_carries_the_content_inside_the_package(distributions):
     missing = {f"diffusion_grpo/_resources/{name}" for name in content} - names
     assert not missing
     assert "diffusion_grpo/py.typed" in names
+    page = {path.name for path in (ROOT / "diffusion_grpo" / "report_page").iterdir()}
+    assert {f"diffusion_grpo/report_page/{name}" for name in page} <= names and len(page) == 6
     assert {name.partition("/")[0] for name in names} == {
         "diffusion_grpo",
         next(name for name in names if name.endswith("/METADATA")).partition("/")[0],
@@ -118,3 +120,31 @@ def test_installed_command_refuses_nonsense_with_code_2(installed, tmp_path):
     assert "did you mean 'demo'?" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_user_trains_and_looks_at_the_run(installed, tmp_path):
+    program = installed / "diffusion-grpo"
+    train = [
+        *("train", "demo", "--output", "run", "--iterations", "1", "--quiet"),
+        *("--rollout.prompts-per-iteration", "1", "--rollout.images-per-prompt", "2"),
+        *("--rollout.num-steps", "2", "--rollout.window-size", "2", "--rollout.microbatch", "2"),
+        *("--grpo.microbatch", "2", "--grpo.updates-per-rollout", "1"),
+        *("--eval.num-prompts", "2", "--eval.num-steps", "2"),
+    ]
+    _checked(program, *train, cwd=tmp_path)
+    few = ("--num-steps", "2", "--num-prompts", "2")
+    for words, files in [
+        (("sample", "--prompts", "counting", *few, "--sampler", "dpm++"), ("grid.png",)),
+        (("sample", "--prompt", "a star", *few, "--animate", "a.webp"), ("grid.png", "a.webp")),
+        (("compare", "run", *few, "--reward", "clip"), ("compare.png",)),
+        (("compare", "run", "--strip", "strip.png"), ("strip.png",)),
+        (("evaluate", "run", "--base", "run@base", *few), ("evaluation.json", "evaluation.md")),
+        (("report", "run", "--output", "page.html"), ("page.html",)),
+    ]:
+        shown = _checked(program, *words, cwd=tmp_path)
+        assert shown.split() == list(files)
+        assert all(
+            (tmp_path / file).stat().st_size > 1000 or file.endswith(".md") for file in files
+        )
+    page = (tmp_path / "page.html").read_text()
+    assert "uPlot" in page and (tmp_path / "run" / "report.html").is_file()
