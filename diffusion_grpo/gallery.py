@@ -35,7 +35,8 @@ class Entry:
         columns: tiles a row.
         tile: width and height of a tile.
         prompts: one text an image.
-        scores: reward name → one number an image; `total` is what training maximizes.
+        scores: reward name → one number an image, None where the reward failed; `total` is what
+            training maximizes.
         advantages: one an image, for rollouts.
         group: images a prompt.
         tasks: one an image, where the prompts' metadata have a task.
@@ -47,8 +48,8 @@ class Entry:
     columns: int
     tile: tuple[int, int]
     prompts: list[str]
-    scores: dict[str, list[float]]
-    advantages: list[float] | None = None
+    scores: dict[str, list[float | None]]
+    advantages: list[float | None] | None = None
     group: int = 1
     tasks: list[str] | None = None
     summary: dict[str, Any] | None = None
@@ -132,6 +133,10 @@ class Gallery:
             ]
         )
 
+    def numbers(self, entry: Entry, name: str) -> np.ndarray:
+        """Return a reward's scores of a sheet, float64 [B]; NaN where it failed."""
+        return np.array(entry.scores[name], np.float64)
+
     def truncate_after(self, done: int) -> None:
         """Forget what came after `done` iterations, before a run goes on from its checkpoint."""
         last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", done))
@@ -173,8 +178,11 @@ def contact_sheet(images: np.ndarray, longest: int) -> tuple[Image.Image, int, t
     return sheet, columns, tile
 
 
-def _rounded(values: Any) -> list[float]:
-    return [float(f"{float(value):.5g}") for value in np.asarray(values)]
+def _rounded(values: Any) -> list[float | None]:
+    """Return five digits of each number; None for the NaN of an image that a reward failed on."""
+    return [
+        float(f"{float(value):.5g}") if np.isfinite(value) else None for value in np.asarray(values)
+    ]
 
 
 def _line(entry: Entry) -> str:

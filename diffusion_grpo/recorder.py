@@ -85,7 +85,9 @@ class Recorder:
         for tracker in self._trackers:
             for name, values in scores.items():
                 label = "reward" if name == "total" else f"reward/{name}"
-                tracker.histogram(iteration + 1, f"{label}/distribution", values)
+                finite = values[np.isfinite(values)]
+                if finite.size:
+                    tracker.histogram(iteration + 1, f"{label}/distribution", finite)
 
     def metrics(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Hand an iteration's metrics to the trackers, and refresh the report now and then."""
@@ -151,7 +153,7 @@ class Recorder:
     def stop_reason(self) -> str | None:
         """Return why the run should stop, or None: `early_stop_reason` of the evaluations."""
         history = [
-            (entry.iteration, float(np.mean(entry.scores["total"])), self._quality(entry))
+            (entry.iteration, self._mean(entry, "total"), self._quality(entry))
             for entry in self._evaluations()
         ]
         reason = early_stop_reason(history, self._patience) if self._gold else None
@@ -165,7 +167,10 @@ class Recorder:
 
     def _quality(self, entry: Entry) -> float:
         names = self._gold or ["total"]
-        return float(np.mean([np.mean(entry.scores[name]) for name in names]))
+        return float(np.mean([self._mean(entry, name) for name in names]))
+
+    def _mean(self, entry: Entry, name: str) -> float:
+        return float(np.nanmean(self.gallery.numbers(entry, name)))
 
     def report(self, *, now: bool = False) -> None:
         """Refresh `report.html`, now and then unless it has to be `now`.

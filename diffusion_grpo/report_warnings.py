@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_grpo.gallery import Gallery
+import numpy as np
+
+from diffusion_grpo.gallery import Entry, Gallery
 
 _LAST = 10  # iterations that a warning about the present state looks at
 
@@ -56,18 +58,19 @@ def _recent(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 
 def _hacking(directory: Path, gold: Sequence[str]) -> list[str]:
     """Return signs that the reward rose at the cost of what it stands for."""
-    evaluations = Gallery(directory).entries("evaluation")
+    gallery = Gallery(directory)
+    evaluations = gallery.entries("evaluation")
     if len(evaluations) < 2:
         return []
-    first, last = evaluations[0].scores, evaluations[-1].scores
+    first, last = evaluations[0], evaluations[-1]
     found = []
 
-    def mean(scores: dict[str, list[float]], name: str) -> float:
-        return sum(scores[name]) / len(scores[name])
+    def mean(entry: Entry, name: str) -> float:
+        return float(np.nanmean(gallery.numbers(entry, name)))
 
     rose = mean(last, "total") > mean(first, "total")
     for name in gold:
-        if name in first and rose and mean(last, name) < mean(first, name):
+        if name in first.scores and rose and mean(last, name) < mean(first, name):
             found.append(
                 f"the gold reward {name} fell from {mean(first, name):.4g} to "
                 f"{mean(last, name):.4g} while the trained reward rose: it may be being hacked; "

@@ -51,3 +51,13 @@ def test_a_line_cut_short_is_left_out_and_a_missing_sheet_is_named(tmp_path):
     (tmp_path / "gallery" / entry.sheet).unlink()
     with pytest.raises(UsageError, match="no rollout_00000.webp"):
         gallery.images(entry)
+
+
+def test_an_image_that_a_reward_failed_on_has_no_score(tmp_path):
+    gallery = Gallery(tmp_path)
+    scores = {"total": np.array([np.nan, 0.25], np.float32)}
+    gallery.add("rollout", 0, flat([1, 2]), ["a", "b"], scores, advantages=np.array([np.nan, 0]))
+    (entry,) = gallery.entries("rollout")
+    assert entry.scores == {"total": [None, 0.25]} and entry.advantages == [None, 0.0]
+    np.testing.assert_array_equal(gallery.numbers(entry, "total"), [np.nan, 0.25])
+    assert "NaN" not in (tmp_path / "gallery" / "rollouts.jsonl").read_text()

@@ -154,3 +154,15 @@ def test_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
 def test_patience_without_gold_is_refused():
     with pytest.raises(UsageError, match="eval.patience is 2; expected 0"):
         EvalConfig(patience=2, every=5)
+
+
+def test_images_that_a_reward_failed_on_are_recorded_without_a_score(tmp_path):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    scores = np.array([0.5, np.nan, np.nan, 1.0], np.float32)
+    with Recorder(config(tmp_path), tmp_path) as recorder:
+        for number, values in enumerate((scores, scores * np.nan)):
+            recorder.rollout(number, images, list("aabb"), {"total": values}, values, 2)
+        assert recorder.gallery.entries("rollout")[0].scores["total"] == [0.5, None, None, 1.0]
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (histogram,) = read.Histograms("reward/distribution")
+    assert histogram.histogram_value.num == 2

@@ -21,7 +21,7 @@ function el(tag, attributes, ...children) {
 }
 const number = (x, digits = 4) => x === null || x === undefined || Number.isNaN(x) ? "–"
   : Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3) ? x.toExponential(2) : String(+x.toPrecision(digits));
-const signed = (x) => (x > 0 ? "+" : x < 0 ? "−" : "") + number(Math.abs(x), 3);
+const signed = (x) => x === null || Number.isNaN(x) ? "–" : (x > 0 ? "+" : x < 0 ? "−" : "") + number(Math.abs(x), 3);
 const tone = (x) => x > 0 ? "good" : x < 0 ? "bad" : "";
 const run = () => data.runs[state.run];
 const dark = () => document.documentElement.classList.contains("dark");
@@ -109,7 +109,8 @@ function summary() {
   $("warnings").hidden = !r.warnings.length;
   $("warnings").querySelector("ul").replaceChildren(...r.warnings.map((text) => el("li", {}, text)));
 }
-const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+// null is an image that a reward failed on
+const mean = (values) => { const known = values.filter((x) => x !== null); return known.reduce((a, b) => a + b, 0) / known.length; };
 // `total` says nothing of its own where it is one reward's
 const scoreNames = (r) => {
   const names = Object.keys(r.evaluations.at(-1)?.scores || r.rollouts.at(-1)?.scores || {});
@@ -254,7 +255,7 @@ function extremes() {
   const names = scoreNames(r), last = list.at(-1);
   if (!names.includes(state.score)) state.score = names[0];
   for (const id of ["extremes-by", "prompts-by"]) fill($(id), names.map((n) => [n, n]), state.score);
-  const order = last.prompts.map((_, i) => i).sort((i, j) => scoreOf(last, state.score, j) - scoreOf(last, state.score, i));
+  const order = last.prompts.map((_, i) => i).filter((i) => scoreOf(last, state.score, i) !== null).sort((i, j) => scoreOf(last, state.score, j) - scoreOf(last, state.score, i));
   const draw = (i) => tile(last, i, [el("b", {}, number(scoreOf(last, state.score, i), 3)), el("span", {}, last.prompts[i])]);
   const count = Math.min(8, Math.ceil(order.length / 2));
   $("best").replaceChildren(...order.slice(0, count).map(draw));
@@ -280,7 +281,7 @@ function table() {
   const words = state.filter.toLowerCase().split(/\s+/).filter(Boolean);
   let rows = after.prompts.map((prompt, i) => {
     const a = scoreOf(before, state.score, i), b = scoreOf(after, state.score, i);
-    return { i, prompt, task: tasks ? tasks[i] : "", before: a, after: b, difference: b - a };
+    return { i, prompt, task: tasks ? tasks[i] : "", before: a, after: b, difference: a === null || b === null ? null : b - a };
   }).filter((row) => words.every((word) => (row.prompt + " " + row.task).toLowerCase().includes(word)));
   const { key, down } = state.sort;
   rows.sort((x, y) => (typeof x[key] === "string" ? x[key].localeCompare(y[key]) : x[key] - y[key]) * (down ? -1 : 1));
