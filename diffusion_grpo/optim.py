@@ -86,12 +86,16 @@ def make_optimizer(
         core = optax.scale_by_lion(b1=options.beta1, b2=options.beta2)
     else:
         core = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+    def rate_of_update(update: Any) -> Any:
+        return rate(update // updates_per_rollout)
+
     mask = _matrices if options.weight_decay_on == "matrices" else None
     optimizer = optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
         core,
         optax.add_decayed_weights(options.weight_decay, mask),
-        optax.scale_by_learning_rate(lambda step: rate(step // updates_per_rollout)),
+        optax.scale_by_learning_rate(rate_of_update),
     )
     return optimizer, lambda iteration: float(rate(iteration))
 

@@ -170,8 +170,8 @@ def latent_shape(
     """
     factor = model.vae.config.downscale_factor
     sizes = []
-    for name, given in (("height", height), ("width", width)):
-        pixels = model.image_size if given is None else given
+    for i, (name, given) in enumerate((("height", height), ("width", width))):
+        pixels = model.image_size[i] if given is None else given
         if pixels < factor or pixels % factor:
             raise UsageError(
                 f"{name} is {pixels} pixels; expected a multiple of {factor}, the VAE's downscaling"

@@ -288,15 +288,17 @@ class StableDiffusion:
         )
 
     @property
-    def image_size(self) -> int:
-        """The side of the images the checkpoint was trained for, in pixels."""
+    def image_size(self) -> tuple[int, int]:
+        """The (height, width) of the images the checkpoint was trained for, in pixels."""
         size = self.unet.config.sample_size
         if size is None:
             raise UsageError(
                 "the checkpoint's unet/config.json gives no sample_size; set --rollout.height and "
                 "--rollout.width"
             )
-        return size * self.vae.config.downscale_factor
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = self.vae.config.downscale_factor
+        return factor * height, factor * width
 
     def save_pretrained(self, directory: str | Path, *, dtype: Any | None = None) -> None:
         """Write the pipeline as `diffusers.StableDiffusionPipeline.from_pretrained` loads it.
