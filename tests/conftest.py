@@ -9,9 +9,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One cache of compiled programs for all tests, their subprocesses and the workers of pytest-xdist:
 # the controller loads this file before it starts workers, and they inherit its environment.
 _compilation_cache = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+_given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+if _given is None:
     _compilation_cache = tempfile.TemporaryDirectory(prefix="diffusion-grpo-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_compilation_cache.name, "locked")
+elif os.path.basename(_given) != "locked":  # a locked cache lacks files beside an unlocked one
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_given, "locked")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A limit, far away, makes JAX lock the cache, so that no worker reads what another is writing.

@@ -150,7 +150,7 @@ def test_the_user_is_told_what_the_options_come_to(checkpoint, tmp_path):
     assert len(notes("--grpo.entropy-coeff 0.1 --grpo.learn-noise-scale True")) == 1
     assert "gradient of mean 0" in notes("--grpo.kl k1 --grpo.beta 0.1")[1]
     assert "within 0.9999 to 1.0001 (as given)" in notes("--grpo.clip-scale none")[0]
-    assert notes("--grpo.algorithm nft") == []
+    assert notes("--grpo.algorithm nft --nft.timesteps 2") == []
 
 
 def test_a_window_beyond_the_steps_with_noise_is_refused_before_anything_is_compiled(
@@ -161,7 +161,7 @@ def test_a_window_beyond_the_steps_with_noise_is_refused_before_anything_is_comp
         model.scheduler_config, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=0
     )
     words = "--rollout.window-size 1 --rollout.window-start 2"
-    for algorithm in ("", "--grpo.algorithm nft"):
+    for algorithm in ("", "--grpo.algorithm nft --nft.timesteps 2"):
         config = config_for(checkpoint, tmp_path, words, algorithm)
         policy = make_policy(model, guidance_scale=1.0)
         with pytest.raises(UsageError, match="only 2 of the 3 steps have noise"):

@@ -34,7 +34,7 @@ TINY = """--rollout.height 32 --rollout.width 32 --rollout.prompts-per-iteration
 --grpo.updates-per-rollout 1 --eval.num-prompts 1 --eval.num-steps 2 --iterations 1
 --model path/to/checkpoint""".split()
 # The gold reward of the demo reads pictures of the embedded world's size only.
-DEMO = [*TINY, "--rollout.height", "64", "--rollout.width", "64", "--rollout.window-size", "2"]
+DEMO = [*TINY, "--rollout.height", "64", "--rollout.width", "64", "--rollout.window-size", "1"]
 # The hub is out of reach: another reward than the preset's CLIP model.
 SD15 = [*TINY, "--reward", "jpeg_size"]
 TRAIN = {

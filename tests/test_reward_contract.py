@@ -33,7 +33,7 @@ def options_for(name: str, folder: Path, stack: contextlib.ExitStack) -> dict[st
     clip = {"model": "shapes-clip", "batch_size": "3"}
     if name == "aesthetic":
         torch.manual_seed(0)
-        save_file(dict(torch.nn.Linear(96, 1).state_dict()), folder / "head.safetensors")
+        save_file(dict(torch.nn.Linear(256, 1).state_dict()), folder / "head.safetensors")
         return clip | {"head": str(folder / "head.safetensors")}
     if name == "vlm":
         return {"model": "judge", "base_url": stack.enter_context(answering(chat))}

@@ -199,7 +199,7 @@ def test_corrections_equal_autodiff_and_differ_from_the_plain_loss(config, optio
 def test_dual_clip_equals_autodiff_and_differs_from_the_plain_loss(ratio):
     # Ratios far above 1, which are what it is for: the old policy found the draws less likely.
     config, batch = LossConfig(ratio=ratio, microbatch=3), batch_for()
-    trajectory = batch.trajectory._replace(log_probs=batch.trajectory.log_probs - 0.1)
+    trajectory = batch.trajectory._replace(log_probs=batch.trajectory.log_probs - 0.3)
     batch = batch._replace(trajectory=trajectory)
     metrics = check(config, batch=batch, dual_clip=1.04)
     _, other = gradient(moved(PARAMS), config, plan_for(config), batch=batch)

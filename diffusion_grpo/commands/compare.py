@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from diffusion_grpo.commands.common import Talk, parse, read_prompts
-from diffusion_grpo.commands.models import find_model, label
+from diffusion_grpo.commands.models import find_model, label, reward_options
 from diffusion_grpo.commands.sample import check_dtype, check_sampler
 from diffusion_grpo.comparison import comparison_grid, time_lapse_frames, time_lapse_strip
 from diffusion_grpo.errors import UsageError
@@ -48,7 +48,7 @@ class CompareOptions:
     reward: tuple[str, ...] = ()
     """Rewards whose weighted total stands under each picture, in the form of train --reward."""
     reward_options: tuple[str, ...] = ()
-    """NAME.OPTION=VALUE each."""
+    """NAME.OPTION=VALUE each; those of the first run hold where nothing else is said."""
     seed: int = 0
     """Seed of the noise, the same for all models."""
     sampler: str = "ddim"
@@ -130,7 +130,11 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
 
     talk = Talk(options.quiet, options.verbose)
     rewards = (
-        RewardSet.load(parse_reward_specs(options.reward, options.reward_options))
+        RewardSet.load(
+            parse_reward_specs(
+                options.reward, reward_options(words, options.reward, options.reward_options)
+            )
+        )
         if options.reward
         else None
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from diffusion_grpo.commands.common import Talk, check_output, parse, read_prompts
-from diffusion_grpo.commands.models import find_model
+from diffusion_grpo.commands.models import find_model, reward_options
 from diffusion_grpo.commands.sample import check_dtype, check_sampler
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.sampling import SamplingDefaults
@@ -31,7 +31,7 @@ class EvaluateOptions:
     reward: tuple[str, ...] = ("clip",)
     """Rewards, in the form of train --reward."""
     reward_options: tuple[str, ...] = ()
-    """NAME.OPTION=VALUE each."""
+    """NAME.OPTION=VALUE each; those of the first run hold where nothing else is said."""
     base: str | None = None
     """The model to compare with, as the model is given."""
     prompts: str = "shapes_heldout"
@@ -84,7 +84,9 @@ def run(words: Sequence[str]) -> list[Path]:
     from diffusion_grpo.pretrained import DTYPES, StableDiffusion
     from diffusion_grpo.reward import RewardSet, parse_reward_specs
 
-    rewards = RewardSet.load(parse_reward_specs(options.reward, options.reward_options))
+    words = [word for word in (options.model, options.base) if word is not None]
+    chosen = reward_options(words, options.reward, options.reward_options)
+    rewards = RewardSet.load(parse_reward_specs(options.reward, chosen))
     dtype = DTYPES[options.dtype]
     models = [
         StableDiffusion.from_pretrained(place, dtype=dtype, param_dtype=dtype) for place in places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -38,6 +39,40 @@ def find_model(word: str) -> str:
     if not found.is_dir():
         raise UsageError(f"{word!r}: the run has no {which}/ yet; wait until it is written")
     return str(found)
+
+
+def reward_options(
+    words: Sequence[str], rewards: Sequence[str], given: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the options of rewards: those given, and otherwise those of the first run.
+
+    A run's `clip` is then scored with the CLIP model that the run was trained on.
+
+    Args:
+        words: models as given on the command line; runs among them.
+        rewards: in the form of `train --reward`.
+        given: `NAME.OPTION=VALUE` each; they come before the run's.
+
+    Raises:
+        UsageError: a reward is malformed.
+    """
+    from diffusion_grpo.reward_specs import parse_reward_specs
+
+    names = {spec.name for spec in parse_reward_specs(rewards)}
+    taken = {option.partition("=")[0] for option in given}
+    for word in words:
+        config = Path(word.rpartition("@")[0] or word).expanduser() / "config.yaml"
+        if not config.is_file():
+            continue
+        options = yaml.safe_load(config.read_text(encoding="utf-8"))["reward"]["options"]
+        keys = [option.partition("=")[0] for option in options]
+        own = [
+            option
+            for key, option in zip(keys, options, strict=True)
+            if key.rpartition(".")[0] in names and key not in taken
+        ]
+        return (*given, *own)
+    return tuple(given)
 
 
 def label(word: str) -> str:
