@@ -5,11 +5,13 @@ AdamW, cosine schedule, EMA, resumable at every checkpoint.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import queue
-import threading
+import itertools
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ class FitConfig:
         max_grad_norm: global gradient norm above which gradients are scaled down.
         beta2: AdamW's second-moment decay.
         ema: decay of the running average of the parameters (0: none).
+        workers: processes that make batches ahead of time; 0: one thread of this process, which
+            is best where the training itself uses the cores.
         save_every: steps between checkpoints.
         log_every: steps between lines of progress.
     """
@@ -43,6 +47,7 @@ class FitConfig:
     max_grad_norm: float = 1.0
     beta2: float = 0.99
     ema: float = 0.0
+    workers: int = 0
     save_every: int = 500
     log_every: int = 50
 
@@ -63,7 +68,7 @@ def fit(
         params: initial parameters, a pytree of float32 arrays.
         loss_fn: (params, batch, key) → (loss, metrics).
         batch_fn: step → batch of NumPy arrays; a function of the step alone, called in another
-            thread.
+            thread, or in other processes (which need a function of a module, not a closure).
         config: see `FitConfig`.
         directory: where checkpoints are kept.
         key: random key; step i uses `fold_in(key, i)`.
@@ -112,7 +117,8 @@ def fit(
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
         print(f"{name}: resumed at step {start}", flush=True)
     began = time.monotonic()
-    for step, batch in zip(range(start, config.steps), _prefetch(batch_fn, start), strict=False):
+    steps = range(start, config.steps)
+    for step, batch in zip(steps, batches(batch_fn, steps, workers=config.workers), strict=True):
         state, metrics = step_fn(state, batch, jnp.int32(step))
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
@@ -129,23 +135,38 @@ def fit(
     return state["ema"] if config.ema else state["params"]
 
 
-def _prefetch(batch_fn: Callable[[int], Any], start: int, depth: int = 4) -> Iterator[Any]:
-    """Yield batch_fn(start), batch_fn(start + 1), …, made ahead of time in a daemon thread."""
-    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+def batches(
+    batch_fn: Callable[[int], Any], steps: range, *, workers: int = 0, ahead: int = 4
+) -> Iterator[Any]:
+    """Yield `batch_fn(step)` for each step, in order, made ahead of time.
 
-    def produce() -> None:
-        step = start
-        while True:
-            try:
-                ready.put(batch_fn(step))
-            except Exception as error:  # handed to the consumer, which raises it
-                ready.put(error)
-                return
-            step += 1
+    Args:
+        batch_fn: a function of the step alone; see `fit`.
+        steps: the steps.
+        workers: processes that make them; 0: one thread of this process.
+        ahead: batches that are ready or being made, beyond one for each worker.
 
-    threading.Thread(target=produce, daemon=True).start()
-    while True:
-        item = ready.get()
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    Raises:
+        Exception: what `batch_fn` raised, at the step that raised it.
+    """
+    executor: Executor
+    if workers:
+        # A forked copy of a process that runs JAX can hang: start new ones.
+        spawn = multiprocessing.get_context("spawn")
+        executor = ProcessPoolExecutor(workers, mp_context=spawn)
+    else:
+        executor = ThreadPoolExecutor(1)
+    with executor:
+        pending: collections.deque[Future[Any]] = collections.deque()
+        todo = iter(steps)
+        try:
+            for step in itertools.islice(todo, workers + ahead):
+                pending.append(executor.submit(batch_fn, step))
+            while pending:
+                batch = pending.popleft().result()
+                pending.extend(
+                    executor.submit(batch_fn, step) for step in itertools.islice(todo, 1)
+                )
+                yield batch
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)

@@ -12,6 +12,7 @@ Three stages, each resumable (run the same command again) and a function of the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -38,7 +39,7 @@ from diffusion_grpo.resources import resource_path
 from diffusion_grpo.schedule import SchedulerConfig, add_noise, alphas_cumprod, velocity
 from diffusion_grpo.shapes import networks
 from diffusion_grpo.shapes.captions import captions, hard_negatives
-from diffusion_grpo.shapes.fit import FitConfig, fit
+from diffusion_grpo.shapes.fit import FitConfig, batches, fit
 from diffusion_grpo.shapes.render import render
 from diffusion_grpo.shapes.scenes import IMAGE_SIZE, scene_batch
 from diffusion_grpo.shapes.tokenizer import write_tokenizer
@@ -68,7 +69,32 @@ def tokenize(tokenizer: Any, texts: list[str]) -> np.ndarray:
     return np.asarray(out["input_ids"], np.int32)
 
 
-def train_clip(build: Path, seed: int, steps: int, batch: int, negatives: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class ClipBatches:
+    """Step → a batch of CLIP's training: pictures, true and false captions, what probes read."""
+
+    tokenizer: Any
+    seed: int
+    batch: int
+    negatives: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Draw the scenes of a step and make its batch."""
+        scenes = scene_batch(self.seed, step, self.batch)
+        rng = np.random.default_rng([self.seed, step, VOCABULARY_SEED])
+        false = [c for row in hard_negatives(scenes, rng, self.negatives) for c in row]
+        false_ids = tokenize(self.tokenizer, false)
+        return {
+            "images": render(scenes),
+            "true_ids": tokenize(self.tokenizer, captions(scenes, rng)),
+            "false_ids": false_ids.reshape(self.batch, self.negatives, -1),
+            "targets": networks.probe_targets(scenes).tree(),
+        }
+
+
+def train_clip(
+    build: Path, seed: int, *, steps: int, batch: int, negatives: int, workers: int
+) -> None:
     """Train the CLIP model and write it to `build/shapes-clip`."""
     out = build / "shapes-clip"
     vocabulary = write_tokenizer(out, networks.TOKENS)
@@ -79,26 +105,17 @@ def train_clip(build: Path, seed: int, steps: int, batch: int, negatives: int) -
     positions.embedding.set_value(jnp.asarray(networks.position_table()))
     graphdef, params = nnx.split((model, networks.Probes(nnx.Rngs(seed + 1))))
 
-    def batch_fn(step: int) -> dict[str, Any]:
-        scenes = scene_batch(seed, step, batch)
-        rng = np.random.default_rng([seed, step, VOCABULARY_SEED])
-        false = [c for row in hard_negatives(scenes, rng, negatives) for c in row]
-        return {
-            "pixels": (render(scenes) / np.float32(255) - MEAN) / STD,
-            "true_ids": tokenize(tokenizer, captions(scenes, rng)),
-            "false_ids": tokenize(tokenizer, false).reshape(batch, negatives, -1),
-            "targets": networks.probe_targets(scenes).tree(),
-        }
-
     def loss_fn(params: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model, probes = nnx.merge(graphdef, params)
-        return networks.contrastive_loss(model, probes, **data, probe_weight=0.5)
+        pixels = (data["images"] / jnp.float32(255) - MEAN) / STD
+        captions_of = {k: v for k, v in data.items() if k != "images"}
+        return networks.contrastive_loss(model, probes, pixels, **captions_of, probe_weight=0.5)
 
     params = fit(
         params,
         loss_fn,
-        batch_fn,
-        config=FitConfig(steps=steps, learning_rate=1e-3, ema=0.998),
+        ClipBatches(tokenizer, seed, batch, negatives),
+        config=FitConfig(steps=steps, learning_rate=1e-3, ema=0.998, workers=workers),
         directory=build / "checkpoints" / "clip",
         key=jax.random.key(seed),
         name="clip",
@@ -187,8 +204,22 @@ def _diffusers_config(name: str, config: Any) -> dict[str, Any]:
     return {"_class_name": name, "_diffusers_version": __version__} | asdict(config)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Step → pictures and captions of `batch` scenes."""
+
+    seed: int
+    batch: int
+
+    def __call__(self, step: int) -> tuple[np.ndarray, list[str]]:
+        """Draw and render the scenes of a step."""
+        scenes = scene_batch(self.seed, step, self.batch)
+        rng = np.random.default_rng([self.seed, step, VOCABULARY_SEED])
+        return render(scenes), captions(scenes, rng)
+
+
 def encode_scenes(
-    vae: AutoencoderKL, seed: int, n: int, chunk: int = 256
+    vae: AutoencoderKL, seed: int, n: int, *, chunk: int = 256, workers: int = 0
 ) -> tuple[np.ndarray, list[str]]:
     """Return the latents' means (unscaled, float16 `[n, h, w, c]`) and captions of `n` scenes."""
     graphdef, params = nnx.split(vae)
@@ -196,10 +227,9 @@ def encode_scenes(
         lambda p, x: nnx.merge(graphdef, p).encode(x.astype(jnp.float32) / 127.5 - 1)[0]
     )
     latents, texts = [], []
-    for i in range(n // chunk):
-        scenes = scene_batch(seed, i, chunk)
-        latents.append(np.asarray(encode(params, render(scenes)), np.float16))
-        texts += captions(scenes, np.random.default_rng([seed, i, VOCABULARY_SEED]))
+    for images, chunk_texts in batches(Pictures(seed, chunk), range(n // chunk), workers=workers):
+        latents.append(np.asarray(encode(params, images), np.float16))
+        texts += chunk_texts
     return np.concatenate(latents), texts
 
 
@@ -212,7 +242,9 @@ def load_vae(directory: Path) -> tuple[AutoencoderKL, float]:
     return vae, config.scaling_factor
 
 
-def train_unet(build: Path, seed: int, steps: int, batch: int, scenes: int) -> None:
+def train_unet(
+    build: Path, seed: int, *, steps: int, batch: int, scenes: int, workers: int
+) -> None:
     """Train the UNet and its text encoder; write `build/shapes-diffusion`."""
     vae, scaling = load_vae(build / "vae")
     clip, tokenizer, _ = load_clip(build / "shapes-clip")
@@ -228,10 +260,10 @@ def train_unet(build: Path, seed: int, steps: int, batch: int, scenes: int) -> N
 
     cache = build / f"latents-{seed}-{scenes}.npz"
     if not cache.is_file():
-        latents, texts = encode_scenes(vae, seed + 5, scenes)
+        latents, texts = encode_scenes(vae, seed + 5, scenes, workers=workers)
         np.savez(cache, latents=latents, ids=tokenize(tokenizer, texts))
     data = np.load(cache)
-    latents, ids = data["latents"].astype(np.float32) * scaling, data["ids"]
+    latents, ids = data["latents"], data["ids"]
     empty = tokenize(tokenizer, [""])[0]
     schedule = SchedulerConfig.from_dict(networks.SCHEDULER)
     table = jnp.asarray(alphas_cumprod(schedule), jnp.float32)
@@ -243,17 +275,20 @@ def train_unet(build: Path, seed: int, steps: int, batch: int, scenes: int) -> N
         return {
             "latents": latents[rows],
             "ids": np.where(unconditional[:, None], empty[None], ids[rows]),
-            "noise": rng.standard_normal((batch, *latents.shape[1:]), np.float32),
-            # logit-normal timesteps: most of what is learned is learned at middling noise
-            "timesteps": (1000 / (1 + np.exp(-1.1 * rng.standard_normal(batch)))).astype(np.int32),
         }
 
     def loss_fn(params: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         unet, text_encoder = nnx.merge(graphdef, params)
-        noisy = add_noise(table, data["latents"], data["noise"], data["timesteps"])
-        target = velocity(table, data["latents"], data["noise"], data["timesteps"])
+        clean = data["latents"].astype(jnp.float32) * jnp.float32(scaling)
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, clean.shape)
+        # logit-normal timesteps: most of what is learned is learned at middling noise
+        share = jax.nn.sigmoid(1.1 * jax.random.normal(time_key, (batch,)))
+        timesteps = (1000 * share).astype(jnp.int32).clip(0, 999)
+        noisy = add_noise(table, clean, noise, timesteps)
+        target = velocity(table, clean, noise, timesteps)
         context = text_encoder(data["ids"]).last_hidden_state
-        return jnp.square(unet(noisy, data["timesteps"], context) - target).mean(), {}
+        return jnp.square(unet(noisy, timesteps, context) - target).mean(), {}
 
     params = fit(
         params,
@@ -315,6 +350,12 @@ def main() -> None:
         "--build", type=Path, default=Path("build/shapes"), help="checkpoints and results"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that draw the scenes; one a core where a GPU trains, 0 where the CPU does",
+    )
     parser.add_argument("--clip-steps", type=int, default=6000)
     parser.add_argument("--clip-batch", type=int, default=64)
     parser.add_argument("--vae-crop-steps", type=int, default=3000)
@@ -329,13 +370,27 @@ def main() -> None:
         parser.error(f"unknown stage {unknown[0]!r}; expected {', '.join(known)}")
     args.build.mkdir(parents=True, exist_ok=True)
     if "clip" in args.stages:
-        train_clip(args.build, args.seed, args.clip_steps, args.clip_batch, negatives=3)
+        train_clip(
+            args.build,
+            args.seed,
+            steps=args.clip_steps,
+            batch=args.clip_batch,
+            negatives=3,
+            workers=args.workers,
+        )
     if "vae" in args.stages:
         train_vae(
             args.build, args.seed, args.vae_crop_steps, args.vae_steps, args.vae_decoder_steps
         )
     if "unet" in args.stages:
-        train_unet(args.build, args.seed, args.unet_steps, args.unet_batch, args.unet_scenes)
+        train_unet(
+            args.build,
+            args.seed,
+            steps=args.unet_steps,
+            batch=args.unet_batch,
+            scenes=args.unet_scenes,
+            workers=args.workers,
+        )
     if "install" in args.stages:
         install(args.build, resource_path("assets"))
 
