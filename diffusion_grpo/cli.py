@@ -33,6 +33,7 @@ RL fine-tuning of text-to-image diffusion models in JAX.
   evaluate           rewards on held-out prompts, with intervals, against a base
   report RUN ...     runs as one HTML page
   view RUN ...       the same page, live while a run trains
+  bench [PRESET]     how fast a run goes on this machine, alone or against PyTorch
   score              score images that are there already
   check-reward       find out whether a reward keeps the contract
   serve-reward       compute a reward for runs elsewhere
@@ -43,7 +44,7 @@ diffusion-grpo COMMAND --help says more. """
 
 
 # Commands in modules of their own, under `commands/`; each returns the files that it wrote.
-MODULES = ("sample", "compare", "evaluate", "report", "view")
+MODULES = ("sample", "compare", "evaluate", "report", "view", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -79,9 +79,9 @@ class GRPOLearner(Learner):
             learned_noise=options.learn_noise_scale,
             microbatch=options.microbatch,
         )
-        self._loss = compile_loss(policy.denoiser, loss, policy.noise)
+        self.loss = compile_loss(policy.denoiser, loss, policy.noise)
         self._update = make_update(
-            make_gradient(self._loss), self._optimizer, ema_decay=config.optim.ema_decay
+            make_gradient(self.loss), self._optimizer, ema_decay=config.optim.ema_decay
         )
         self._draw = make_rollout(config, policy)
         size = math.gcd(config.rollout.microbatch, images_learned_from(config.rollout, options))
@@ -146,7 +146,7 @@ class GRPOLearner(Learner):
         rows = slice(0, images_learned_from(self.config.rollout, options))
         batch = self._described(state, rollout._replace(batch=rollout.batch.take(rows)), None)
         arguments = (state.train.params, self.policy.frozen, rollout.schedule, batch, plan)
-        drift = measure_drift(self._loss, *arguments)
+        drift = measure_drift(self.loss, *arguments)
         return check_drift(drift, plan, clips=options.dppo_kl is None, allow=options.allow_drift)
 
     def learn(
@@ -188,7 +188,7 @@ class GRPOLearner(Learner):
         if advantages is not None:
             batch = self._chosen(batch, advantages)
         assert rollout.plan is not None
-        loss, active = self._loss.config, rollout.plan.active
+        loss, active = self.loss.config, rollout.plan.active
         common = self.policy.frozen, rollout.schedule, batch, active
         reference, old = PolicySteps(), PolicySteps()
         if loss.needs_reference_means or loss.needs_reference_log_probs:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.models.kernels import attend
 from diffusion_grpo.models.layers import Identity, conv
 from diffusion_grpo.models.norms import group_norm, layer_norm
 
@@ -66,9 +67,7 @@ class Attention(nnx.Module):
         dtype = q.dtype
         if self.upcast:
             q, k, v = (part.astype(jnp.float32) for part in (q, k, v))
-        # Inside, JAX promotes bfloat16 to float32 implicitly, which strict promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            out = jax.nn.dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return self.to_out[0](out.astype(dtype).reshape(b, n, -1))
 
 

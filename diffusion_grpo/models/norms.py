@@ -52,15 +52,33 @@ def using(statistics: Statistics) -> Iterator[Statistics]:
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Flax's GroupNorm, statistics in float32 and the result in the compute dtype."""
+    """GroupNorm over the last axis, statistics in float32 and the result in the compute dtype.
+
+    Means are taken over the pixels of each channel first, and over the channels of a group then:
+    no axis is split on the large array, which XLA's CPU backend would run 3 times slower.
+    """
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:  # type: ignore[override]
-        """Normalize groups of channels; inside, Flax promotes bfloat16 to float32 implicitly."""
+        """Normalize groups of channels, (x − mean) / √(variance + ε) · scale + bias."""
         statistics = _CURRENT.get()
         if statistics is not None:
             return self._with(statistics, x)
-        with jax.numpy_dtype_promotion("standard"):
-            return super().__call__(x)
+        values = x.astype(jnp.float32)
+        centered = values - self._of_groups(values)
+        variance = self._of_groups(centered * centered)
+        assert self.scale is not None and self.bias is not None
+        lead = (1,) * (x.ndim - 1)
+        scale, bias = (
+            p[...].astype(jnp.float32).reshape(*lead, -1) for p in (self.scale, self.bias)
+        )
+        normed = centered * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+        return normed.astype(self.dtype or x.dtype)
+
+    def _of_groups(self, x: Array) -> Array:
+        """Mean over the pixels and over each group's channels, for every channel."""
+        channels = x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
+        groups = channels.reshape(*channels.shape[:-1], self.num_groups, -1).mean(axis=-1)
+        return jnp.repeat(groups, x.shape[-1] // self.num_groups, axis=-1)
 
     def _with(self, statistics: Statistics, x: Float[Array, "B h w c"]) -> Array:
         b, h, w, c = x.shape

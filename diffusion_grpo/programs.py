@@ -1,0 +1,69 @@
+"""The arguments that an iteration's compiled programs are called with, by shape alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_grpo.config import Config
+from diffusion_grpo.learning import GRPOLearner
+from diffusion_grpo.pipeline import TrainablePolicy
+from diffusion_grpo.pretrained import DTYPES
+from diffusion_grpo.rollout import Trajectory
+from diffusion_grpo.trajectories import PolicySteps, UpdateBatch
+from diffusion_grpo.update import Pulls, Shares
+
+
+def noise_steps(config: Config) -> int | None:
+    """Return T where the policy learns a noise scale of each step, else None."""
+    return config.rollout.num_steps if config.grpo.learn_noise_scale else None
+
+
+def shape_of(array: Any, *lead: int) -> jax.ShapeDtypeStruct:
+    """Return an array's shape and type, with other leading axes in place of its first."""
+    shape = (*lead, *array.shape[1:]) if lead else array.shape
+    return jax.ShapeDtypeStruct(shape, array.dtype)
+
+
+def update_arguments(
+    learner: GRPOLearner, policy: TrainablePolicy, noise: Any, conditioning: Any
+) -> tuple[Any, ...]:
+    """Return what `CompiledLoss.accumulate` is called with for one microbatch.
+
+    Args:
+        learner: of the run.
+        policy: arrays, or shapes of them.
+        noise: x_T of a microbatch `[b, h, w, c]`, or its shape.
+        conditioning: of the microbatch, or its shapes.
+
+    Returns:
+        Shapes of everything large; schedule and plan are arrays.
+    """
+    schedule = learner.schedule(0)
+    plan = learner.plan(schedule, 0)
+    steps, count = schedule.num_steps, noise.shape[0]
+    storage = DTYPES[learner.config.rollout.storage_dtype]
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    each, log_probs = shape(count), shape(steps, count)
+    means, needs = shape(steps, *noise.shape), learner.loss.config
+    reference, old = PolicySteps(), PolicySteps()
+    if needs.needs_reference_means or needs.needs_reference_log_probs:
+        reference = PolicySteps(means if needs.needs_reference_means else None, log_probs)
+    if needs.needs_old_means:
+        old = PolicySteps(means, log_probs)
+    batch = UpdateBatch(
+        Trajectory(shape(steps + 1, *noise.shape, dtype=storage), schedule.timesteps, log_probs),
+        jax.tree.map(shape_of, conditioning),
+        each,
+        reference,
+        old,
+    )
+    number, index = shape(), shape(dtype=jnp.int32)
+    trained, frozen = (jax.tree.map(shape_of, p) for p in (policy.trained, policy.frozen))
+    pulls, shares = Pulls(each, each, each), Shares(number, number)
+    return trained, trained, frozen, schedule, batch, plan, number, index, pulls, shares

@@ -1,0 +1,173 @@
+"""Published architectures with random weights: what speed and memory need, without any file.
+
+The configurations are those that the checkpoints' own JSON files state. Speed and memory do not
+depend on the weights' values, so random ones of a sensible size stand in for the trained ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.models.clip import CLIPTextModel
+from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
+from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
+from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.schedule import SchedulerConfig
+
+POOL = 1 << 22  # random numbers drawn; leaves larger than this repeat them
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The networks of a published text-to-image pipeline.
+
+    Attributes:
+        unet: of the denoising network.
+        vae: of the autoencoder.
+        scheduler: the noise schedule, as `scheduler_config.json` has it.
+        text_encoder: of CLIP's text tower, fields of `CLIPTextConfig`.
+        tokens: n, the length of the text states.
+    """
+
+    unet: UNetConfig
+    vae: VAEConfig
+    scheduler: dict[str, Any]
+    text_encoder: dict[str, Any]
+    tokens: int = 77
+
+    @property
+    def text_width(self) -> int:
+        """The width of the text states."""
+        width = self.unet.cross_attention_dim
+        return width if isinstance(width, int) else width[0]
+
+
+_VAE = VAEConfig(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    sample_size=512,
+)
+_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+
+# Rombach et al. 2022, and Podell et al. 2023.
+ARCHITECTURES = {
+    "sd15": Architecture(
+        UNetConfig(sample_size=64, cross_attention_dim=768),
+        _VAE,
+        {"_class_name": "DDIMScheduler"} | _SCHEDULER,
+        _CLIP_L,
+    ),
+    "sdxl": Architecture(
+        UNetConfig(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ),
+        dataclasses.replace(_VAE, sample_size=1024, scaling_factor=0.13025),
+        {"_class_name": "EulerDiscreteScheduler"} | _SCHEDULER,
+        _CLIP_L,
+    ),
+}
+
+
+def architecture(name: str) -> Architecture:
+    """Return a published architecture.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in ARCHITECTURES:
+        raise UsageError(
+            f"architecture {name!r} is not known{suggest(name, ARCHITECTURES)}; expected one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
+
+
+def random_pipeline(
+    model: Architecture, *, dtype: Any, unet_param_dtype: Any | None = None
+) -> StableDiffusion:
+    """Build the networks with random weights; there is no tokenizer, so no text can be encoded.
+
+    Args:
+        model: which networks.
+        dtype: compute dtype, and that of the parameters.
+        unet_param_dtype: of the UNet's parameters, if it differs.
+    """
+    kw = {"dtype": dtype, "param_dtype": dtype}
+    unet_kw = kw | {"param_dtype": dtype if unet_param_dtype is None else unet_param_dtype}
+    import transformers
+
+    text_config = transformers.CLIPTextConfig(**model.text_encoder)
+    return StableDiffusion(
+        unet=random_module(UNet2DConditionModel, model.unet, **unet_kw),
+        vae=random_module(AutoencoderKL, model.vae, **kw),
+        text_encoder=random_module(CLIPTextModel, text_config, **kw),
+        tokenizer=None,
+        scheduler_config=SchedulerConfig.from_dict(model.scheduler),
+        configs={},
+    )
+
+
+def random_module(kind: Any, config: Any, **kw: Any) -> Any:
+    """Build a network whose parameters are random: kernels of variance 1/inputs, norms at rest.
+
+    Nothing is compiled and no initializer runs: the parameters of Stable Diffusion's UNet are there
+    in seconds.
+
+    Args:
+        kind: a module's class, called as `kind(config, rngs=…, **kw)`.
+        config: its configuration.
+        **kw: `dtype` and `param_dtype`.
+    """
+    module = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), **kw))
+    graphdef, shapes = nnx.split(module)
+    pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
+
+    def value(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = next(str(k.key) for k in reversed(path) if isinstance(k, jax.tree_util.DictKey))
+        if name in ("bias", "scale"):
+            return jnp.full(leaf.shape, float(name == "scale"), leaf.dtype)
+        count = math.prod(leaf.shape)
+        inputs = count // leaf.shape[-1] if name == "kernel" else 2500  # 0.02 of an embedding
+        numbers = np.resize(pool, count).reshape(leaf.shape) / np.float32(math.sqrt(inputs))
+        return jnp.asarray(numbers.astype(leaf.dtype))
+
+    state = jax.tree_util.tree_map_with_path(value, nnx.to_pure_dict(shapes))
+    nnx.replace_by_pure_dict(shapes, state)
+    return nnx.merge(graphdef, shapes)

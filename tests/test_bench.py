@@ -1,0 +1,158 @@
+"""`diffusion-grpo bench` at the smallest geometry, and the peer beside it."""
+
+import dataclasses
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel as TorchUNet
+from flax import nnx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion_grpo.cli import main
+from diffusion_grpo.flops import count_flops
+from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
+from diffusion_grpo.models.vae import VAEConfig
+from diffusion_grpo.peer import Peer, PeerError
+from diffusion_grpo.published import ARCHITECTURES, random_module
+
+TINY = UNetConfig(
+    sample_size=8,
+    cross_attention_dim=16,
+    block_out_channels=(16, 16),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=8,
+    attention_head_dim=2,
+)
+VAE = VAEConfig(block_out_channels=(16, 16), norm_num_groups=8)
+VAE = dataclasses.replace(
+    VAE, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+)
+SMALLEST = ["--prompts", "1", "--images-per-prompt", "2", "--steps", "2", "--microbatch", "2"]
+
+
+@pytest.fixture
+def tiny_sd15(monkeypatch):
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "vocab_size": 100}
+    small = dataclasses.replace(
+        ARCHITECTURES["sd15"], unet=TINY, vae=VAE, text_encoder=text, tokens=5
+    )
+    monkeypatch.setitem(ARCHITECTURES, "sd15", small)
+
+
+def test_bench_measures_the_phases_with_random_weights(tiny_sd15, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    words = ["sd15", *SMALLEST, "--height", "16", "--width", "16", "--dtype", "float32"]
+    phases = ["sample", "decode", "reward", "update", "iteration"]
+    words += ["--phases", *phases, "--repeats", "1", "--json", str(path)]
+    assert main(["bench", *words]) == 0
+    record = json.loads(path.read_text())
+    assert list(record["seconds"]) == phases
+    for phase in record["seconds"].values():
+        assert 0 < phase["median"] < phase["first"] * 100
+    # guidance, so that an image is two UNet evaluations a step
+    assert record["work"]["images"] == 2 and record["work"]["guidance_scale"] == 5.0
+    flops = record["flops"]
+    assert flops["sample"] == 2 * 2 * flops["forward"]
+    # an adapter needs the gradient of activations, and hardly any of weights
+    assert 1.9 < flops["forward_backward"] / flops["forward"] < 2.4
+    assert record["mfu"]["update"] > 0 and record["memory"]["update_temporary"] > 0
+    shown = capsys.readouterr().out
+    assert "policy steps/s" in shown and shown.strip().endswith(str(path))
+
+
+@pytest.mark.slow
+def test_bench_takes_turns_with_pytorch_on_the_embedded_model(tmp_path):
+    path = tmp_path / "bench.json"
+    words = ["demo", *SMALLEST, "--window", "1", "--phases", "iteration", "--repeats", "2"]
+    words += ["--against", "torch", "--peer-modes", "eager", "--json", str(path)]
+    assert main(["bench", *words]) == 0
+    peer = json.loads(path.read_text())["peers"]["eager"]
+    assert len(peer["pairs"]) == 2 and "error" not in peer
+    for phase, ratio in peer["ratios"].items():
+        sides = [[pair[side][phase] for side in ("ours", "theirs")] for pair in peer["pairs"]]
+        np.testing.assert_allclose(ratio["pairs"], [theirs / ours for ours, theirs in sides])
+
+
+def test_a_peer_that_stops_is_told_in_its_own_words(tmp_path):
+    program = tmp_path / "peer.py"
+    program.write_text("raise SystemExit('no such device')\n")
+    with Peer([sys.executable, str(program)], {}, time.monotonic() + 60) as peer:
+        with pytest.raises(PeerError, match="it ended with code 1: no such device"):
+            peer.ready()
+
+
+def test_a_peer_that_is_late_is_given_up(tmp_path):
+    program = tmp_path / "peer.py"
+    program.write_text("import time\ntime.sleep(60)\n")
+    with Peer([sys.executable, str(program)], {}, time.monotonic() + 0.1) as peer:
+        with pytest.raises(PeerError, match="took longer"):
+            peer.ready()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--phases", "updat"], "did you mean 'update'"),
+        (["--repeats", "0"], "repeats is 0"),
+        (["--json", "a.txt"], "does not end in .json"),
+        (["--against", "torch", "--peer", "nowhere.py"], "give its path with --peer"),
+        (["--microbatch", "7"], "expected a divisor"),
+        (["sd16"], "did you mean 'sd15'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(words, message, capsys):
+    assert main(["bench", *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_operations_are_those_that_pytorch_counts():
+    ours = random_module(UNet2DConditionModel, TINY, dtype=jnp.float32, param_dtype=jnp.float32)
+    graphdef, state = nnx.split(ours)
+    times, text = jnp.ones(2, jnp.int32), jnp.ones((2, 5, 16))
+
+    def forward(state, x):
+        return nnx.merge(graphdef, state)(x, times, text)
+
+    x = jnp.ones((2, 8, 8, 4))
+    config = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(TINY).items()
+    }
+    theirs = TorchUNet(**config)
+    inputs = torch.ones(2, 4, 8, 8, requires_grad=True), torch.ones(2), torch.ones(2, 5, 16)
+
+    def counted(backward):
+        counter = FlopCounterMode(display=False)
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            out = theirs(*inputs).sample.sum()
+            if backward:
+                out.backward()
+        return counter.get_total_flops()
+
+    assert count_flops(forward, state, x) == counted(False)
+    both = count_flops(jax.grad(lambda s, x: forward(s, x).sum(), argnums=(0, 1)), state, x)
+    assert abs(both / counted(True) - 1) < 0.02
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    a = jnp.ones((3, 3))
+    assert count_flops(lambda a: jax.lax.fori_loop(0, 5, lambda _, x: x @ a, a), a) == 5 * 2 * 27
+    assert count_flops(lambda a: jax.vmap(jnp.dot)(a, a), a) == 3 * 2 * 3
+
+
+def test_random_weights_keep_the_size_of_what_goes_through():
+    unet = random_module(UNet2DConditionModel, TINY, dtype=jnp.float32, param_dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    graphdef, state = nnx.split(unet)
+    run = jax.jit(lambda state, *given: nnx.merge(graphdef, state)(*given))
+    out = run(state, x, jnp.ones(2, jnp.int32), jnp.ones((2, 5, 16)))
+    assert 0.05 < float(out.std()) < 20

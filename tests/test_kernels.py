@@ -1,0 +1,62 @@
+"""The choice of an attention implementation, and that ours computes attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.models.kernels import VARIABLE, attend, attention_implementation
+
+BF16, FP32 = jnp.bfloat16, jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "queries", "keys", "head_dim", "expected"),
+    [
+        # Stable Diffusion 1.5 at 512 x 512: head widths 40, 80 and 160, and 77 text tokens
+        ("gpu", BF16, 4096, 4096, 40, "cudnn"),
+        ("gpu", BF16, 1024, 1024, 80, "cudnn"),
+        ("gpu", BF16, 256, 256, 160, "xla"),
+        ("gpu", BF16, 4096, 77, 40, "xla"),
+        ("gpu", FP32, 4096, 4096, 40, "xla"),
+        # SDXL's heads, and the autoencoder's one
+        ("gpu", BF16, 4096, 4096, 64, "cudnn"),
+        ("gpu", BF16, 4096, 4096, 512, "xla"),
+        ("gpu", BF16, 4096, 4096, 36, "xla"),
+        ("tpu", BF16, 4096, 4096, 64, "xla"),
+        ("cpu", FP32, 64, 64, 16, "heads_first"),
+        ("cpu", FP32, 64, 16, 16, "heads_first"),
+        ("cpu", FP32, 16, 16, 24, "xla"),
+        ("cpu", FP32, 4096, 4096, 40, "xla"),
+    ],
+)
+def test_the_implementation_fits_device_dtype_and_shape(
+    backend, dtype, queries, keys, head_dim, expected
+):
+    found = attention_implementation(backend, dtype, queries=queries, keys=keys, head_dim=head_dim)
+    assert found == expected
+
+
+@pytest.mark.parametrize("implementation", ["xla", "heads_first"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 2e-6), (BF16, 2e-2)])
+def test_attention_is_that_of_the_formula(implementation, dtype, tolerance, monkeypatch):
+    monkeypatch.setenv(VARIABLE, implementation)
+    shapes = [(2, 9, 3, 8), (2, 5, 3, 8), (2, 5, 3, 8)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    parts = [
+        jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)
+    ]
+    out = attend(*parts)
+    q, k, v = (np.asarray(part, np.float64) for part in parts)
+    scores = np.exp(np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(8))
+    weights = scores / scores.sum(axis=-1, keepdims=True)
+    expected = np.einsum("bhnm,bmhd->bnhd", weights, v)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance, rtol=0)
+
+
+def test_an_unknown_implementation_is_refused(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "flash")
+    with pytest.raises(UsageError, match="DIFFUSION_GRPO_ATTENTION is 'flash'; expected one of"):
+        attention_implementation("cpu", FP32, queries=1, keys=1, head_dim=8)
