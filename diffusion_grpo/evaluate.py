@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from diffusion_grpo.conditioning import encode_prompts, of_rows
 from diffusion_grpo.config import Config, PromptsConfig
 from diffusion_grpo.gaussian import Reduction, gaussian_kl
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
-    encode_prompts,
     latent_shape,
     make_decoder,
     make_sampler,
@@ -124,9 +124,15 @@ class Evaluator:
         self._images_per_prompt = options.images_per_prompt
         self._policy = policy
         self._schedule = make_schedule(model.scheduler_config, options.num_steps, eta=options.eta)
-        self._embeddings = encode_prompts(model, [*self.texts, rollout.negative_prompt])
-        index = np.array([i for i, _, _ in repeated]), np.array([g for _, _, g in repeated])
         shape = latent_shape(model, rollout.height, rollout.width)
+        self._conditioning = encode_prompts(
+            model,
+            self.texts,
+            negative_prompt=rollout.negative_prompt,
+            shape=shape,
+            clip_skip=config.model.clip_skip,
+        )
+        index = np.array([i for i, _, _ in repeated]), np.array([g for _, _, g in repeated])
         self._initial = initial_noise(
             image_keys(options.seed, 0, *index, "evaluation_initial"), shape
         )
@@ -176,14 +182,13 @@ class Evaluator:
     def _drawn(self, trained: Any) -> Iterator[np.ndarray]:
         """Draw the images, chunk by chunk of one size."""
         for rows in padded_chunks(len(self.texts), self._chunk):
-            conditioning = (self._embeddings[rows], self._embeddings[-1:])
             final = self._draw(
                 trained,
                 self._policy.frozen,
                 self._schedule,
                 self._initial[rows],
                 self._keys[rows],
-                conditioning,
+                of_rows(self._conditioning, rows),
             )
             yield np.asarray(self._decode(final))
 
@@ -196,7 +201,7 @@ class Evaluator:
                     trained,
                     self._initial[rows],
                     self._keys[rows],
-                    (self._embeddings[rows], self._embeddings[-1:]),
+                    of_rows(self._conditioning, rows),
                 )
             )
             for rows in padded_chunks(len(self.texts), self._chunk)

@@ -196,7 +196,7 @@ class Learner:
             iteration: of the run.
             noise: x_T, `[B, h, w, c]`.
             keys: `[B]`, of the steps' noise.
-            conditioning: prompt embeddings `[B, n, d]`, negative ones `[1, n, d]`.
+            conditioning: of the prompts, leaves `[B, ...]`, and of the negative one, `[1, ...]`.
             on_chunk: called with the clean latents of each microbatch as they are drawn.
         """
         raise NotImplementedError

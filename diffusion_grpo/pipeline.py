@@ -1,13 +1,12 @@
 """From texts to pictures.
 
-Prompt embeddings, the guided denoiser of a checkpoint, decoding, `generate`. Networks are split
+The guided denoiser of a checkpoint, decoding, `generate`. Networks are split
 into structure (closed over, compiled) and parameters (passed), so that compiled programs hold no
 weights and one program serves the policy, the old policy and the reference.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from diffusion_grpo.conditioning import Conditioning, encode_prompts, of_rows
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.pretrained import StableDiffusion
@@ -24,46 +24,6 @@ from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, 
 from diffusion_grpo.samplers import Solver, make_solver, solve
 from diffusion_grpo.sampling import SamplingDefaults
 from diffusion_grpo.schedule import Schedule, scaled_noise
-
-CHUNK = 16  # prompts encoded at a time
-
-
-def encode_prompts(model: StableDiffusion, texts: Sequence[str]) -> Float[Array, "N n d"]:
-    """Encode prompts with the text encoder, each distinct text once.
-
-    Args:
-        model: the pipeline.
-        texts: N prompts; longer ones than the tokenizer's length are cut, with one warning.
-
-    Returns:
-        Last hidden states `[N, n, d]`, n the tokenizer's length.
-    """
-    length = model.tokenizer.model_max_length
-    distinct = list(dict.fromkeys(texts))
-    longest = ("", 0)
-    for text in distinct:
-        size = len(model.tokenizer(text, verbose=False)["input_ids"])
-        longest = max(longest, (text, size), key=lambda pair: pair[1])
-    if longest[1] > length:
-        warnings.warn(
-            f"a prompt of {longest[1]} tokens is cut to the {length} that the text encoder reads: "
-            f"{longest[0]!r}",
-            stacklevel=2,
-        )
-    padded = distinct + [""] * (-len(distinct) % CHUNK)
-    ids = np.asarray(
-        model.tokenizer(padded, padding="max_length", truncation=True, max_length=length)[
-            "input_ids"
-        ],
-        np.int32,
-    )
-    graphdef, weights = nnx.split(model.text_encoder)
-    encode = jax.jit(lambda weights, ids: nnx.merge(graphdef, weights)(ids).last_hidden_state)
-    states = jnp.concatenate(
-        [encode(weights, ids[i : i + CHUNK]) for i in range(0, len(ids), CHUNK)]
-    )
-    place = {text: i for i, text in enumerate(distinct)}
-    return states[np.array([place[text] for text in texts])]
 
 
 class TrainablePolicy:
@@ -106,8 +66,8 @@ class TrainablePolicy:
         """Return the guided denoiser with the given parameters."""
         network = self._network(trained)
 
-        def apply(sample: Array, timesteps: Array, embeddings: Array) -> Array:
-            return nnx.merge(self._graphdef, network, frozen)(sample, timesteps, embeddings)
+        def apply(sample: Array, timesteps: Array, conditioning: Conditioning) -> Array:
+            return nnx.merge(self._graphdef, network, frozen)(sample, timesteps, **conditioning)
 
         return guided(apply, self._guidance_scale)
 
@@ -189,6 +149,7 @@ def generate(
     sampler: str = "ddim",
     eta: float = 0.0,
     negative_prompt: str = "",
+    clip_skip: int = 0,
     seed: int = 0,
     image_index: Sequence[int] | None = None,
     prompt_index: Sequence[int] | None = None,
@@ -209,6 +170,7 @@ def generate(
         sampler: one of `samplers.SAMPLERS`.
         eta: η of DDIM; 0 is deterministic.
         negative_prompt: text of the unconditional half.
+        clip_skip: layers of the text encoders to skip; see `encode_prompts`.
         seed: of the noise; a picture depends on (seed, prompt_index, image_index), not on the
             batch.
         image_index: each image's number among those of its prompt; default 0, 1, ….
@@ -227,21 +189,22 @@ def generate(
     policy = TrainablePolicy(model.unet, guidance_scale)
     solver = make_solver(model.scheduler_config, sampler, num_steps, eta=eta)
     count = len(prompts)
-    embeddings = encode_prompts(model, [*prompts, negative_prompt])
+    shape = latent_shape(model, height, width) if latents is None else latents.shape[1:]
+    conditioning = encode_prompts(
+        model, prompts, negative_prompt=negative_prompt, shape=shape, clip_skip=clip_skip
+    )
     index = np.arange(count) if image_index is None else np.asarray(image_index)
     group = np.zeros(count, int) if prompt_index is None else np.asarray(prompt_index)
     keys = image_keys(seed, 0, group, index, "evaluation_step")
     if latents is None:
         start = image_keys(seed, 0, group, index, "evaluation_initial")
-        latents = initial_noise(start, latent_shape(model, height, width))
+        latents = initial_noise(start, shape)
     decode = make_decoder(model)
     draw = make_solved(policy, previews=on_previews is not None)
     images = []
     for rows in padded_chunks(count, batch_size):
-        conditioning = (embeddings[rows], embeddings[-1:])
-        final, previews = draw(
-            policy.trained, policy.frozen, solver, latents[rows], keys[rows], conditioning
-        )
+        part = (latents[rows], keys[rows], of_rows(conditioning, rows))
+        final, previews = draw(policy.trained, policy.frozen, solver, *part)
         images.append(np.asarray(decode(final)))
         if on_previews is not None:
             left = min(len(rows), count - sum(map(len, images[:-1])))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion_grpo.conditioning import of_rows
 from diffusion_grpo.config import Config, to_yaml
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
@@ -106,6 +107,7 @@ def load_model(config: Config, source: Path) -> StableDiffusion:
         dtype=dtype,
         param_dtype=dtype,
         unet_param_dtype=jnp.float32 if full else dtype,
+        variant=config.model.variant,
     )
     model.unet.gradient_checkpointing = config.model.gradient_checkpointing
     return model
@@ -235,11 +237,6 @@ def make_policy_steps(
 def chunks(count: int, size: int) -> list[slice]:
     """Return the rows of `count` images, `size` at a time."""
     return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def of_rows(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
-    """Return the conditioning of some images: their prompts, and the negative one of all."""
-    return conditioning[0][rows], conditioning[1]
 
 
 def decode_and_score(decode: Any, images: list[Any], scoring: Scoring, latents: jax.Array) -> None:

@@ -105,5 +105,7 @@ def export(
     """
     unet = policy.unet(trained)
     merge_lora(unet)
-    sampling = SamplingDefaults(config.rollout.guidance_scale, config.eval.num_steps)
+    sampling = SamplingDefaults(
+        config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
+    )
     dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)

@@ -20,8 +20,8 @@ from diffusion_grpo.schedule import Schedule, step_distribution
 # latents. Conditioning is any pytree with leading axis B.
 Denoiser = Callable[[Array, Array, Any], Array]
 
-# (sample [B, h, w, c], timesteps [B] int32, prompt embeddings [B, n, d]) -> like the sample.
-UNetApply = Callable[[Array, Array, Array], Array]
+# (sample [B, h, w, c], timesteps [B] int32, conditioning) -> like the sample.
+UNetApply = Callable[[Array, Array, Any], Array]
 
 Purpose = Literal["initial_noise", "step_noise", "evaluation_initial", "evaluation_step", "loss"]
 
@@ -61,30 +61,34 @@ def guided(unet_apply: UNetApply, guidance_scale: float) -> Denoiser:
     guidance_scale 1 the unconditional half would cancel, and is not computed.
 
     Args:
-        unet_apply: (sample, timesteps [B], embeddings [B, n, d]) -> output.
+        unet_apply: (sample, timesteps [B], conditioning) -> output.
         guidance_scale: s, a Python number: it decides what is compiled.
 
     Returns:
-        A denoiser whose conditioning is (prompt_embeds [B, n, d], negative_embeds [1 or B, n, d]);
-        its output is float32.
+        A denoiser whose conditioning is a pair of pytrees of one structure, the prompts' with
+        leaves [B, ...] and the negative prompt's with leaves [1 or B, ...]; its output is float32.
     """
 
     def denoise(latents: Array, timestep: Array, conditioning: Any) -> Array:
-        prompt_embeds, negative_embeds = conditioning
+        prompts, negative = conditioning
         batch = latents.shape[0]
         timesteps = jnp.broadcast_to(timestep, (batch,))
         if guidance_scale == 1:
-            return unet_apply(latents, timesteps, prompt_embeds).astype(jnp.float32)
-        negative = jnp.broadcast_to(negative_embeds, prompt_embeds.shape)
+            return unet_apply(latents, timesteps, prompts).astype(jnp.float32)
         output = unet_apply(
             jnp.concatenate([latents, latents]),
             jnp.concatenate([timesteps, timesteps]),
-            jnp.concatenate([negative.astype(prompt_embeds.dtype), prompt_embeds]),
+            jax.tree.map(_unconditional_first, negative, prompts),
         ).astype(jnp.float32)
         unconditional, conditional = output[:batch], output[batch:]
         return unconditional + guidance_scale * (conditional - unconditional)
 
     return denoise
+
+
+def _unconditional_first(negative: Array, prompts: Array) -> Array:
+    negative = jnp.broadcast_to(negative, prompts.shape).astype(prompts.dtype)
+    return jnp.concatenate([negative, prompts])
 
 
 def image_keys(

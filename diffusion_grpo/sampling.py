@@ -29,11 +29,13 @@ class SamplingDefaults(Section):
     """s, classifier-free guidance; 1 switches it off."""
     num_steps: int = 50
     """T, denoising steps of deterministic DDIM."""
+    clip_skip: int = 0
+    """Layers of the text encoders to skip for the prompts, as Diffusers counts them."""
 
     def __post_init__(self) -> None:
         """Reject values that nothing can be sampled with."""
         super().__post_init__()
-        self.require_non_negative("guidance_scale")
+        self.require_non_negative("guidance_scale", "clip_skip")
         self.require_positive("num_steps")
 
 

@@ -24,6 +24,12 @@ class ModelConfig(Section):
 
     pretrained: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "shapes-diffusion"
     """Checkpoint in the Diffusers layout: a directory, an embedded name, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository; None takes its main branch."""
+    variant: str | None = None
+    """Variant of the weight files to read, such as fp16; None takes those without one."""
+    clip_skip: int = 0
+    """Layers of the text encoders to skip for the prompts, as Diffusers counts them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the models; trained parameters and log-probs stay float32."""
     trainable: Literal["lora", "full"] = "lora"
@@ -41,6 +47,7 @@ class ModelConfig(Section):
         """Reject values that no run can use."""
         super().__post_init__()
         self.require(bool(self.pretrained.strip()), "pretrained", "a directory, name or hub id")
+        self.require_non_negative("clip_skip")
         self.require_positive("lora_rank", "lora_alpha")
         self.require(bool(self.lora_targets), "lora_targets", "at least one pattern")
         for pattern in self.lora_targets:

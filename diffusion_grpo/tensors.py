@@ -132,7 +132,13 @@ def abstract_module(module_class: Any, config: Any, **kw: Any) -> Any:
 
 
 def load_tensors(
-    module_class: Any, config: Any, tensors: Mapping[str, np.ndarray], *, source: str, **kw: Any
+    module_class: Any,
+    config: Any,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    source: str,
+    on_host: bool = False,
+    **kw: Any,
 ) -> Any:
     """Build a module and fill it from named tensors, one at a time.
 
@@ -143,6 +149,8 @@ def load_tensors(
         config: its configuration.
         tensors: checkpoint tensors by name.
         source: where they come from, for messages.
+        on_host: leave the parameters in the host's memory, as NumPy arrays: for a network that is
+            on the device only while it is used.
         **kw: `dtype`, `param_dtype`.
 
     Raises:
@@ -170,7 +178,8 @@ def load_tensors(
     for name, slot in slots.items():
         # Converted on the host, one at a time: the device never holds two copies of anything.
         value = slot.to_parameter(entries[named[name]].read()).astype(dtype, copy=False)
-        flat[slot.path] = flat[slot.path].replace(jnp.asarray(value))
+        value = np.ascontiguousarray(value) if on_host else jnp.asarray(value)
+        flat[slot.path] = flat[slot.path].replace(value)
     unfilled = [p for p, v in flat.items() if isinstance(v.get_value(), jax.ShapeDtypeStruct)]
     if unfilled:
         raise AssertionError(f"parameters of {module_class.__name__} without a tensor: {unfilled}")

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_grpo.checkpoint import Checkpoints
+from diffusion_grpo.conditioning import encode_prompts, of_rows
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation, Evaluator
 from diffusion_grpo.images import image_grid, save_image
@@ -28,7 +29,7 @@ from diffusion_grpo.interrupt import StopRequest
 from diffusion_grpo.learner import LearnerState, image_advantages, penalized
 from diffusion_grpo.learning import make_learner
 from diffusion_grpo.metrics import MetricsLog, Progress
-from diffusion_grpo.pipeline import encode_prompts, latent_shape, make_decoder, make_policy
+from diffusion_grpo.pipeline import latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
     check_directory,
     check_prompts,
@@ -93,7 +94,9 @@ def train(
     sources = config.prompts
     prompts, heldout = load_heldout(sources.train, sources.heldout, sources.heldout_share)
     gold_specs = config.gold_rewards()
-    source = local_directory(config.model.pretrained)
+    source = local_directory(
+        config.model.pretrained, revision=config.model.revision, variant=config.model.variant
+    )
     check_layout(source)
     directory = check_directory(config, resume)
     settings = config.reward_settings()
@@ -155,9 +158,14 @@ def train(
             if iteration >= encoded:
                 left = range(iteration, config.run.iterations)
                 rows, encoded = upcoming_prompts(prompts, seed, left, rollout.prompts_per_iteration)
-                ahead = [*(prompts[i].text for i in rows), rollout.negative_prompt]
-                embeddings = encode_prompts(model, ahead)
-            conditioning = (embeddings[np.array([rows[i] for i in index])], embeddings[-1:])
+                encoded_prompts = encode_prompts(
+                    model,
+                    [prompts[i].text for i in rows],
+                    negative_prompt=rollout.negative_prompt,
+                    shape=shape,
+                    clip_skip=config.model.clip_skip,
+                )
+            conditioning = of_rows(encoded_prompts, np.array([rows[i] for i in index]))
 
             # rollout, decode, reward: host rewards score a chunk while the next one is drawn
             first = np.zeros_like(group) if rollout.same_initial_noise else group

@@ -20,11 +20,11 @@ from diffusion_grpo.pretrained import (
     load_clip,
     load_tensors,
     local_directory,
-    read_safetensors,
 )
 from diffusion_grpo.resources import resource_path
 from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
 from diffusion_grpo.shapes import networks
+from diffusion_grpo.tensor_files import read_safetensors
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TENSOR = "down_blocks.0.resnets.0.conv1.weight"
@@ -76,7 +76,7 @@ def test_sampling_defaults_travel_with_a_checkpoint_and_diffusers_does_not_mind(
     own = SamplingDefaults(guidance_scale=1.5, num_steps=7)
     dataclasses.replace(model, sampling=own).save_pretrained(tmp_path / "ours")
     written = json.loads((tmp_path / "ours" / "diffusion_grpo.json").read_text())
-    assert written == {"sampling": {"guidance_scale": 1.5, "num_steps": 7}}
+    assert written == {"sampling": {"guidance_scale": 1.5, "num_steps": 7, "clip_skip": 0}}
     again = StableDiffusion.from_pretrained(tmp_path / "ours")
     assert again.sampling == own
     logger = logging.getLogger("diffusers")
@@ -290,5 +290,5 @@ def test_a_clip_model_is_downloaded_as_one_model(tmp_path, monkeypatch):
 
 
 def test_unknown_hub_id_offline_says_what_to_do():
-    with pytest.raises(UsageError, match="nobody/nothing.*give the directory"):
+    with pytest.raises(UsageError, match="nobody/nothing.*HF_HUB_OFFLINE.*give the directory"):
         StableDiffusion.from_pretrained("nobody/nothing")

@@ -156,6 +156,7 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
                 "sampler": options.sampler,
                 "eta": options.eta,
                 "negative_prompt": options.negative_prompt,
+                "clip_skip": own.clip_skip,
                 "seed": options.seed,
             }
         with talk.progress(name, len(texts)) as count:

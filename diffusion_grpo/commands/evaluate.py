@@ -98,6 +98,7 @@ def run(words: Sequence[str]) -> list[Path]:
         if options.guidance_scale is None
         else options.guidance_scale,
         "negative_prompt": options.negative_prompt,
+        "clip_skip": own.clip_skip,
         "seed": options.seed,
     }
     n = options.num_images
@@ -169,13 +170,9 @@ def _divergence(
     import jax
     import numpy as np
 
+    from diffusion_grpo.conditioning import encode_prompts, of_rows
     from diffusion_grpo.evaluate import make_trajectory_kl
-    from diffusion_grpo.pipeline import (
-        TrainablePolicy,
-        encode_prompts,
-        latent_shape,
-        padded_chunks,
-    )
+    from diffusion_grpo.pipeline import TrainablePolicy, latent_shape, padded_chunks
     from diffusion_grpo.rollout import image_keys, initial_noise
     from diffusion_grpo.schedule import make_schedule
 
@@ -188,7 +185,12 @@ def _divergence(
         return None
     schedule = make_schedule(model.scheduler_config, settings["num_steps"], eta=1.0)
     measure = make_trajectory_kl(policies[0], schedule, "mean", policies[1])
-    embeddings = encode_prompts(model, [*texts, options.negative_prompt])
+    conditioning = encode_prompts(
+        model,
+        texts,
+        negative_prompt=options.negative_prompt,
+        clip_skip=settings["clip_skip"],
+    )
     index = np.array(where["prompt_index"]), np.array(where["image_index"])
     start = image_keys(options.seed, 0, *index, "evaluation_initial")
     initial = initial_noise(start, latent_shape(model))
@@ -199,7 +201,7 @@ def _divergence(
                 policies[0].trained,
                 initial[rows],
                 keys[rows],
-                (embeddings[rows], embeddings[-1:]),
+                of_rows(conditioning, rows),
             )
         )
         for rows in padded_chunks(len(texts), options.batch_size)

@@ -59,6 +59,12 @@ class SampleOptions:
     """η of the sampler ddim; 0 is deterministic."""
     negative_prompt: str = ""
     """Text of the unconditional half of the guidance."""
+    clip_skip: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Layers of the text encoders to skip; the default is what the checkpoint says, or 0."""
+    variant: str | None = None
+    """Variant of the weight files to read, such as fp16."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
     height: int | None = None
     """In pixels; None takes the checkpoint's."""
     width: int | None = None
@@ -130,7 +136,8 @@ def run(words: Sequence[str]) -> list[Path]:
     options.check()
     talk = Talk(options.quiet, options.verbose)
     prompts = [p.text for p in read_prompts(options.prompt, options.prompts, options.num_prompts)]
-    settings = {"guidance_scale": options.guidance_scale, "num_steps": options.num_steps}
+    names = ("guidance_scale", "num_steps", "clip_skip")
+    settings = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
 
@@ -139,7 +146,13 @@ def run(words: Sequence[str]) -> list[Path]:
 
     dtype = DTYPES[options.dtype]
     place = find_model(options.model)
-    model = StableDiffusion.from_pretrained(place, dtype=dtype, param_dtype=dtype)
+    model = StableDiffusion.from_pretrained(
+        place,
+        dtype=dtype,
+        param_dtype=dtype,
+        variant=options.variant,
+        revision=options.revision,
+    )
     sampling = dataclasses.replace(model.sampling or SamplingDefaults(), **given)
     talk.say(
         f"guidance scale {sampling.guidance_scale:g}, {sampling.num_steps} steps of "
@@ -156,6 +169,7 @@ def run(words: Sequence[str]) -> list[Path]:
             sampler=options.sampler,
             eta=options.eta,
             negative_prompt=options.negative_prompt,
+            clip_skip=sampling.clip_skip,
             seed=options.seed,
             prompt_index=[i for i in range(len(prompts)) for _ in range(n)],
             image_index=[j for _ in prompts for j in range(n)],
@@ -173,6 +187,7 @@ def run(words: Sequence[str]) -> list[Path]:
         "sampler": options.sampler,
         "eta": options.eta,
         "negative_prompt": options.negative_prompt,
+        "clip_skip": sampling.clip_skip,
     }
     written = []
     if options.output is not None:

@@ -32,7 +32,6 @@ from diffusion_grpo.pretrained import (
     load_tensors,
     load_tokenizer,
     module_tensors,
-    read_safetensors,
     save_module,
 )
 from diffusion_grpo.resources import resource_path
@@ -43,6 +42,7 @@ from diffusion_grpo.shapes.fit import FitConfig, batches, fit
 from diffusion_grpo.shapes.render import render
 from diffusion_grpo.shapes.scenes import IMAGE_SIZE, scene_batch
 from diffusion_grpo.shapes.tokenizer import write_tokenizer
+from diffusion_grpo.tensor_files import read_safetensors
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -122,7 +122,7 @@ def train_clip(
     )
     model, _ = nnx.merge(graphdef, params)
     fields = config.to_dict() | {"architectures": ["CLIPModel"], "dtype": "float16"}
-    save_module(model, out, fields, filename="model.safetensors", dtype=np.float16)
+    save_module(model, out, fields, stem="model", dtype=np.float16)
     (out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
 

@@ -1,0 +1,198 @@
+"""The parts of a checkpoint: directories and hub ids, configurations, single models.
+
+What is missing, left over or not supported is an error that names it; `tensors` has the table of
+tensor names. Safetensors only: nothing here can execute what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.hub import Layout, hub_patterns
+from diffusion_grpo.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from diffusion_grpo.resources import resolve_checkpoint
+from diffusion_grpo.tensor_files import (
+    DIFFUSERS_STEM,
+    read_safetensors,
+    write_safetensors,
+)
+from diffusion_grpo.tensors import load_tensors, module_tensors
+
+TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path} does not exist; is this a checkpoint in the Diffusers layout?"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def local_directory(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    layout: Layout = "diffusers",
+) -> Path:
+    """Resolve a directory, the name of a shipped checkpoint, or a hub id to a local directory.
+
+    Args:
+        name_or_path: what to resolve.
+        revision: of a hub repository: a branch, tag or commit.
+        variant: of the weight files, such as `fp16`.
+        layout: what a hub repository is read as: a pipeline with a folder for each component, one
+            model, or what goes with a model without its weights. Only the files that are read are
+            downloaded.
+
+    Raises:
+        UsageError: there is no such directory and the hub has no such id or cannot be reached; or a
+            revision is asked of a directory.
+    """
+    place = resolve_checkpoint(str(name_or_path))
+    if isinstance(place, Path):
+        if revision is not None:
+            raise UsageError(
+                f"revision is {revision!r}, but checkpoint {str(name_or_path)!r} is a directory "
+                "here, which has none; leave the revision out"
+            )
+        return place
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = hub_patterns(layout, variant)
+    try:
+        return Path(snapshot_download(place, revision=revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        of = "" if revision is None else f" (revision {revision!r})"
+        if isinstance(error, LocalEntryNotFoundError):
+            raise UsageError(
+                f"checkpoint {place!r}{of} is neither a directory here nor in the hub's cache, and "
+                f"{_unreachable()}; connect and try again, or download it elsewhere and give the "
+                "directory"
+            ) from None
+        raise UsageError(
+            f"checkpoint {place!r}{of} is not a directory here, and the hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the path or id, the "
+            "network, HF_TOKEN for a private repository, or download it first and give the "
+            "directory"
+        ) from None
+
+
+def _unreachable() -> str:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids asking the hub"
+    return "the hub cannot be reached"
+
+
+def save_module(
+    module: nnx.Module,
+    directory: str | Path,
+    config: Mapping[str, Any],
+    *,
+    stem: str = DIFFUSERS_STEM,
+    dtype: Any | None = None,
+) -> None:
+    """Write a module's weights and `config.json` as Diffusers or Transformers would.
+
+    Args:
+        module: one of this package's models.
+        directory: where; made if absent.
+        config: what `config.json` is to say.
+        stem: of the weight files' names; above 5 GB there are several.
+        dtype: of the written weights (default: as they are held).
+    """
+    directory = Path(directory)
+    write_safetensors(module_tensors(module, dtype=dtype), directory, stem=stem)
+    (directory / "config.json").write_text(
+        json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+    )
+
+
+def _clip_config(kind: str, directory: Path) -> Any:
+    import transformers
+
+    fields = read_json(directory / "config.json")
+    return getattr(transformers, kind).from_dict(fields)
+
+
+def load_text_encoder(
+    directory: Path,
+    kind: type[TextEncoder] = CLIPTextModel,
+    *,
+    variant: str | None = None,
+    **kw: Any,
+) -> TextEncoder:
+    """Load a CLIP text encoder from a directory with `config.json` and safetensors.
+
+    Args:
+        directory: of the component.
+        kind: with a projection of the pooled output or without.
+        variant: of the weight files.
+        **kw: `dtype`, `param_dtype`, `on_host`.
+    """
+    config = _clip_config("CLIPTextConfig", directory)
+    tensors = read_safetensors(directory, variant=variant)
+    return load_tensors(kind, config, tensors, source=str(directory), **kw)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load a CLIP tokenizer from a directory."""
+    from transformers import CLIPTokenizer
+
+    if not (directory / "vocab.json").is_file() and not (directory / "tokenizer.json").is_file():
+        raise UsageError(
+            f"{directory} holds neither vocab.json nor tokenizer.json; is it a CLIP tokenizer?"
+        )
+    return CLIPTokenizer.from_pretrained(directory)
+
+
+def load_clip(
+    name_or_path: str | Path,
+    *,
+    processor: str | Path | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    **kw: Any,
+) -> tuple[CLIPModel, Any, dict[str, Any]]:
+    """Load a CLIP model with both towers.
+
+    Args:
+        name_or_path: a directory in the Transformers layout, the name of a shipped model, or a hub
+            id.
+        processor: where its tokenizer and its image processor's configuration are, if elsewhere.
+        tensors: weights to use instead of the directory's, by their names in Transformers.
+        **kw: `dtype`, `param_dtype`.
+
+    Returns:
+        The model, its tokenizer, and its image processor's configuration.
+    """
+    layout: Layout = "transformers" if tensors is None else "processor"
+    directory = local_directory(name_or_path, layout=layout)
+    config = _clip_config("CLIPConfig", directory)
+    if tensors is None:
+        tensors = read_safetensors(directory)
+    model = load_tensors(CLIPModel, config, tensors, source=str(directory), **kw)
+    if processor is not None:
+        directory = local_directory(processor, layout="processor")
+    return model, load_tokenizer(directory), read_json(directory / "preprocessor_config.json")
