@@ -108,8 +108,8 @@ def fit(
     if start:
         # Orbax knows dicts, lists and arrays; the modules' own containers are put back around the
         # leaves.
-        leaves = checkpoints.restore({"leaves": jax.tree.leaves(state)})["leaves"]
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        start, found, _ = checkpoints.restore({"leaves": jax.tree.leaves(state)})
+        state = jax.tree.unflatten(jax.tree.structure(state), found["leaves"])
         print(f"{name}: resumed at step {start}", flush=True)
     began = time.monotonic()
     for step, batch in zip(range(start, config.steps), _prefetch(batch_fn, start), strict=False):
