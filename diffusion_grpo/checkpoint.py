@@ -72,6 +72,7 @@ class Checkpoints:
         self._checkpointer = start()
         self._response: Any = None
         self._saving: int | None = None  # the checkpoint that is on its way
+        self._failed = False
 
     @property
     def steps(self) -> list[int]:
@@ -132,6 +133,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore raises ValueErrors for files
+            self._failed = True
             whole = [number for number in self.steps if number != step]
             kept = f"the last one is {self.path(max(whole))}" if whole else "there is none before"
             raise RunError(
@@ -223,7 +225,10 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            # Of a save that failed, which was told, Orbax tells again.
+            told = (OSError, ValueError) if self._failed else ()
+            with contextlib.suppress(*told):
+                self._checkpointer.close()
 
 
 def checksums(tree: Any) -> UInt32[Array, " leaves"]:

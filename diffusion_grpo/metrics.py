@@ -134,7 +134,7 @@ class MetricsLog:
         if not self.path.parent.is_dir():
             raise UsageError(f"run directory {str(run_dir)!r} does not exist: create it first")
         try:
-            if self.path.exists():
+            if self.path.is_file():
                 _rewrite(self.path, read_metrics(self.path))
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
