@@ -1,45 +1,145 @@
-"""Save and restore training state with Orbax.
+"""Save training state with Orbax, in the background; restore it, from an older one if need be.
 
-Atomic, the last few kept, restored onto a template's types.
+A checkpoint is written into a temporary folder that is renamed when it is whole. With every array
+goes a sum of its bits, so that one that was damaged since is noticed, and not only one that is
+truncated.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusion_grpo.errors import RewardError
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+
+from diffusion_grpo.errors import RewardError, RunError, UsageError
+
+DAMAGED = "checkpoints.damaged"  # beside the checkpoints: those that could not be read
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read.
+
+    Attributes:
+        step: its number.
+        tree: what was saved.
+        notes: which newer ones could not be read, a line each.
+    """
+
+    step: int
+    tree: Any
+    notes: list[str]
 
 
 class Checkpoints:
-    """Numbered checkpoints of a pytree of arrays in a directory.
+    """Numbered checkpoints of a pytree of arrays in a directory."""
 
-    Orbax writes each into a temporary folder and renames it, so that a killed process leaves whole
-    checkpoints only.
-    """
+    def __init__(self, directory: str | Path, *, keep: int = 2, writes: bool = True):
+        """Open (and make, if absent) the directory.
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
-        """Open (and make, if absent) the directory; `keep` is how many of the latest stay."""
+        Args:
+            directory: of the checkpoints.
+            keep: how many of the latest stay; the one of the highest `quality` stays besides.
+            writes: whether this process moves what is damaged out of the way; of several, one does.
+        """
         from orbax.checkpoint import v1 as ocp  # 3 seconds: only when needed
 
-        policy = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(Path(directory).resolve()),
-            preservation_policy=policy,  # pyright: ignore[reportArgumentType]  Orbax's own mismatch
+        self._directory, self._writes = Path(directory).resolve(), writes
+        policies = ocp.training.preservation_policies
+        policy = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(keep),
+                policies.BestN(
+                    n=1,
+                    get_metric_fn=lambda metrics: metrics["quality"],  # pyright: ignore
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
         )
+
+        def start() -> Any:
+            return ocp.training.Checkpointer(
+                str(self._directory), preservation_policy=policy, cleanup_tmp_directories=True
+            )
+
+        self._open: Callable[[], Any] = start
+        self._checkpointer = start()
+        self._response: Any = None
+        self._saving: int | None = None  # the checkpoint that is on its way
+        self._failed = False
+
+    @property
+    def steps(self) -> list[int]:
+        """The numbers of the whole checkpoints, in order."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     @property
     def latest(self) -> int | None:
         """The number of the last whole checkpoint, or None."""
-        metadata = self._checkpointer.latest
-        return None if metadata is None else metadata.step
+        return max(self.steps, default=None)
 
-    def save(self, step: int, tree: Any) -> None:
-        """Write `tree` as checkpoint `step`, unless it is there; wait until it is on disk."""
-        if self.latest != step:
-            self._checkpointer.save(step, tree)
+    def path(self, step: int) -> Path:
+        """Return where checkpoint `step` is."""
+        return self._directory / str(step)
+
+    def save(self, step: int, tree: Any, *, quality: float | None = None) -> None:
+        """Begin to write `tree` as checkpoint `step`, unless it is there.
+
+        Returns when the arrays are copied to the host, so that they may be donated; `wait` returns
+        when they are on disk. A save begun before is waited for.
+
+        Args:
+            step: its number.
+            tree: of arrays.
+            quality: the checkpoint of the highest one is kept.
+
+        Raises:
+            RunError: this or the last checkpoint could not be written.
+        """
+        self.wait()
+        if step in self.steps:
+            return
+        held = {"tree": tree, "checksums": checksums(tree)}
+        metrics = None if quality is None else {"quality": float(quality)}
+        with self._explained(step):
+            self._response = self._checkpointer.save_async(step, held, metrics=metrics)
+            self._saving = step
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        response, step, self._response = self._response, self._saving, None
+        if response is not None and step is not None:
+            with self._explained(step):
+                response.result()
+
+    def settle(self) -> None:
+        """Wait like `wait`, whatever comes of it."""
+        with contextlib.suppress(RunError):
+            self.wait()
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Say which checkpoint could not be written, and which is the last that was."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore raises ValueErrors for files
+            self._failed = True
+            whole = [number for number in self.steps if number != step]
+            kept = f"the last one is {self.path(max(whole))}" if whole else "there is none before"
+            raise RunError(
+                f"checkpoint {self.path(step)} could not be written: {short(error)}; {kept}. Make "
+                "room on the disk or check that the folder can be written, then resume the run"
+            ) from error
 
     @contextlib.contextmanager
     def kept(self, step: int, tree: Any, *, resume: str) -> Iterator[None]:
@@ -58,14 +158,103 @@ class Checkpoints:
         except RewardError as error:
             if step:
                 self.save(step, tree)
+                self.wait()
             raise RewardError(
                 f"{error}\niterations kept: {step}; mend the reward, then go on with: {resume}"
             ) from error
 
-    def restore(self, template: Any, step: int | None = None) -> Any:
-        """Read checkpoint `step` (default: the latest) with `template`'s structure and types."""
-        return self._checkpointer.load(self.latest if step is None else step, template)
+    def restore(self, template: Any) -> Restored:
+        """Read the newest checkpoint that is whole, with `template`'s structure, types, shardings.
+
+        Newer ones that cannot be read are moved to `checkpoints.damaged` beside the directory.
+
+        Raises:
+            UsageError: none can be read.
+        """
+        self.wait()
+        damaged: list[tuple[int, str]] = []
+        held = {"tree": template, "checksums": checksums(template)}
+        for step in reversed(self.steps):
+            found, reason = self._read(step, held)
+            if found is None:
+                damaged.append((step, reason))
+                continue
+            self._set_aside([number for number, _ in damaged])
+            notes = [
+                f"checkpoint {self.path(number)} cannot be read ({reason}); going on from {step}, "
+                f"and it is moved to {DAMAGED}/"
+                for number, reason in damaged
+            ]
+            return Restored(step, found["tree"], notes)
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged) or "it is empty"
+        raise UsageError(
+            f"no checkpoint in {self._directory} can be read ({reasons}); expected one of this run "
+            f"and its model. Put one back, or delete {self._directory} to begin with the first "
+            "iteration"
+        )
+
+    def _read(self, step: int, template: Any) -> tuple[Any, str]:
+        """Return what checkpoint `step` holds, or None and why it cannot be read."""
+        try:
+            found = self._checkpointer.load(step, template)
+        # Orbax's "no handler can load this" is a KeyError; a metadata file may hold anything.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return None, short(error)
+        for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(template), strict=True):
+            if got.shape != wanted.shape:
+                return None, f"an array of shape {got.shape}, expected {wanted.shape}"
+        if not bool((checksums(found["tree"]) == found["checksums"]).all()):
+            return None, "its contents do not have the checksums that they were saved with"
+        return found, ""
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Move damaged checkpoints out of the way of new ones of the same numbers."""
+        if not steps:
+            return
+        self._checkpointer.close()
+        if self._writes:
+            place = self._directory.parent / DAMAGED
+            place.mkdir(exist_ok=True)
+            for step in steps:
+                shutil.rmtree(place / str(step), ignore_errors=True)
+                shutil.move(self.path(step), place / str(step))
+        self._checkpointer = self._open()
 
     def close(self) -> None:
-        """Release the directory."""
-        self._checkpointer.close()
+        """Wait for the last save, and release the directory."""
+        try:
+            self.wait()
+        finally:
+            # Of a save that failed, which was told, Orbax tells again.
+            told = (OSError, ValueError) if self._failed else ()
+            with contextlib.suppress(*told):
+                self._checkpointer.close()
+
+
+def checksums(tree: Any) -> UInt32[Array, " leaves"]:
+    """Return one number for each array of a tree, the sum of its bits as unsigned integers.
+
+    A sum modulo 2³² notices any change of a single element, and is the same however an array is
+    laid out over devices.
+    """
+    return _checksums(jax.tree.leaves(tree))
+
+
+@jax.jit
+def _checksums(leaves: list[Array]) -> Array:
+    sums: list[Array] = []
+    for leaf in leaves:
+        if leaf.dtype == jnp.bool_:
+            leaf = leaf.astype(jnp.uint8)
+        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+        sums.append(bits.sum(dtype=jnp.uint32))
+    return jnp.stack(sums) if sums else jnp.zeros(0, jnp.uint32)
+
+
+def short(error: BaseException) -> str:
+    """Return the first line of an error, without what only a debugger wants."""
+    text = re.sub(r"\[[a-z_]+='[^']*'\]", "", str(error)).strip().strip("'\"")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    return first if len(first) <= 200 else first[:197] + "..."

@@ -1,6 +1,8 @@
 """The command line: `diffusion-grpo COMMAND`.
 
-What a user can mend before work starts exits with 2; a reward that fails later exits with 1.
+What a user can mend before work starts exits with 2; what stops a run later (a reward, a full disk,
+memory, numbers that are not finite) exits with 1. A run that SIGTERM stopped has saved everything
+and exits with 75, Ctrl-C with 130.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from typing import TypeVar
 import tyro
 
 from diffusion_grpo import __version__
-from diffusion_grpo.errors import RewardError, UsageError, suggest
+from diffusion_grpo.errors import (
+    PREEMPTED_EXIT_CODE,
+    Preempted,
+    RewardError,
+    RunError,
+    UsageError,
+    suggest,
+)
 
 _T = TypeVar("_T")
 
@@ -27,7 +36,8 @@ RL fine-tuning of text-to-image diffusion models in JAX.
   train [PRESET | config.yaml] [--section.field value ...]
                      fine-tune a checkpoint against rewards; --help lists every field
   train --resume RUN go on with a run that was interrupted
-                     both: --quiet shows no progress, --verbose every iteration
+                     both: --quiet shows no progress, --verbose every iteration;
+                     SIGTERM finishes the iteration, saves, and exits with 75
   sample             draw images from a checkpoint into a grid
   compare            models side by side, or a run as a time-lapse
   evaluate           rewards on held-out prompts, with intervals, against a base
@@ -73,9 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"diffusion-grpo: {error}", file=sys.stderr)
         return 2
-    except RewardError as error:
+    except (RewardError, RunError) as error:
         print(f"diffusion-grpo: {error}", file=sys.stderr)
         return 1
+    except Preempted as error:
+        print(f"diffusion-grpo: {error}", file=sys.stderr)
+        return PREEMPTED_EXIT_CODE
     except KeyboardInterrupt:
         return 130
 

@@ -21,6 +21,24 @@ class RewardError(RuntimeError):
     """
 
 
+class RunError(RuntimeError):
+    """Something outside of the program stopped a run: a disk, the memory of a device, bad numbers.
+
+    The message says which checkpoint is the last good one. The command line prints it and exits
+    with code 1.
+    """
+
+
+class Preempted(RuntimeError):
+    """A run was asked to stop by SIGTERM, has saved everything, and can be resumed.
+
+    The command line prints it and exits with code `PREEMPTED_EXIT_CODE`.
+    """
+
+
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Return the end of a sentence that proposes the choice nearest to a mistyped name.
 

@@ -143,7 +143,7 @@ class Gallery:
         for kind, iteration in last:
             entries = self.entries(kind)
             kept = [entry for entry in entries if entry.iteration <= iteration]
-            if len(kept) < len(entries):
+            if self._index(kind).is_file():  # also without a last line that was cut short
                 self._write(kind, kept)
 
     def _index(self, kind: Kind) -> Path:

@@ -8,16 +8,20 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from diffusion_grpo.errors import Preempted
+
 
 class StopRequest:
     """A context in which the first SIGINT or SIGTERM sets `requested`; a second one stops at once.
 
+    `preempted` says that it was SIGTERM: what a scheduler sends before it takes a machine away.
     Outside of the main thread, where Python has no signal handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         """Prepare; handlers are installed on entering."""
         self.requested = False
+        self.preempted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -37,8 +41,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def stopped(self, resume: str) -> BaseException:
+        """Return what to raise once the state is saved: by SIGTERM `Preempted`, else as Ctrl-C."""
+        told = f"stopped; go on with: {resume}"
+        return Preempted(told) if self.preempted else KeyboardInterrupt(told)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        self.preempted = number == signal.SIGTERM
         print("stopping after this iteration; once more to stop at once", file=sys.stderr)

@@ -156,7 +156,7 @@ class Learner:
         )
         history = {name: RewardHistory.empty(num_prompts, options.running_size) for name in names}
         return LearnerState(
-            train=TrainState(params, self._optimizer.init(params), average),
+            train=TrainState(params, self._optimizer.init(params), average, jnp.int32(0)),
             old=_copy(reference) if options.algorithm == "nft" else None,
             beta=jnp.float32(options.beta),
             history=history if options.advantage == "running" else {},

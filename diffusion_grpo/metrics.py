@@ -23,7 +23,7 @@ held-out prompts.
 | `noise_scale/min`, `noise_scale/max` | 1 | learned factor of the steps' noise |
 | `old_distance` | output² | for `nft`: mean square difference of the outputs to the old policy |
 | `grad_norm` | 1 | global gradient norm before clipping |
-| `skipped` | updates | left out because their gradient was not finite |
+| `skipped` | updates | left out because their loss or gradient was not finite |
 | `learning_rate` | 1 | of the last update |
 | `time/sample`, `time/update`, `time/iteration` | s | wall time |
 | `time/reward` | s | wall time of the rewards after the last image is drawn |
@@ -46,6 +46,7 @@ JSON has no NaN and no infinity: they are written as the strings `"nan"`, `"inf"
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import numbers
@@ -126,14 +127,21 @@ class MetricsLog:
             run_dir: an existing directory.
 
         Raises:
-            UsageError: the directory does not exist, or the file holds a broken line.
+            UsageError: the directory does not exist, or the file holds a broken line or cannot be
+                written.
         """
         self.path = Path(run_dir) / METRICS_FILE
         if not self.path.parent.is_dir():
             raise UsageError(f"run directory {str(run_dir)!r} does not exist: create it first")
-        if self.path.exists():
-            _rewrite(self.path, read_metrics(self.path))
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            if self.path.is_file():
+                _rewrite(self.path, read_metrics(self.path))
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be written ({error.strerror}); expected a file of this run: "
+                "mend its permissions, or move it away"
+            ) from None
 
     def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Append one line.
@@ -145,9 +153,12 @@ class MetricsLog:
         Raises:
             TypeError: a value that is not one number.
             ValueError: a metric named `iteration`, or the log is closed.
+            OSError: the file cannot be written, or was removed.
         """
         if "iteration" in metrics:
             raise ValueError("a metric must not be named 'iteration': it is the line's own number")
+        if not self.path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "it was removed during the run", str(self.path))
         row = {name: to_number(name, value) for name, value in metrics.items()}
         self._file.write(_encode({"iteration": int(iteration), **row}))
         self._file.flush()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -22,11 +23,13 @@ class TrainState(NamedTuple):
         params: the trained parameters, float32.
         opt_state: the optimizer's.
         average: exponential moving average of the parameters, or None without one.
+        nonfinite: int32 scalar, how many updates in a row were skipped just now.
     """
 
     params: Any
     opt_state: Any
     average: Any = None
+    nonfinite: Any = np.int32(0)
 
     @property
     def evaluated(self) -> Any:
@@ -125,12 +128,13 @@ def make_update(
 
     Returns:
         `update(state, …) -> (state, metrics)`; the state is donated, and the rest is handed to
-        `gradient_of`. Metrics are its own, with `grad_norm` (before clipping). A gradient that is
-        not finite leaves the state as it was, and `skipped` is 1.
+        `gradient_of`. Metrics are its own, `loss` among them, with `grad_norm` (before clipping).
+        A loss or a gradient that is not finite leaves parameters, moments and average as they were;
+        `skipped` is 1 then, and the state's `nonfinite` counts on.
     """
 
     @partial(jax.jit, donate_argnums=0)
-    def apply(state: TrainState, gradient: Any) -> tuple[TrainState, dict[str, Array]]:
+    def apply(state: TrainState, gradient: Any, loss: Array) -> tuple[TrainState, dict[str, Array]]:
         norm = optax.tree.norm(gradient)
         # Optax raises a float to an integer count, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
@@ -138,16 +142,18 @@ def make_update(
         params, average = optax.apply_updates(state.params, changes), state.average
         if ema_decay is not None:
             average = moved_average(average, params, jnp.float32(ema_decay))
-        finite = jnp.isfinite(norm)
-        new = TrainState(params, opt_state, average)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        in_a_row = jnp.where(finite, jnp.int32(0), state.nonfinite + jnp.int32(1))
+        new = TrainState(params, opt_state, average, state.nonfinite)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        state = state._replace(nonfinite=in_a_row)
         return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
 
     def update(
         state: TrainState, *arguments: Any, **options: Any
     ) -> tuple[TrainState, dict[str, Array]]:
         gradient, metrics = gradient_of(state.params, *arguments, **options)
-        state, applied = apply(state, gradient)
+        state, applied = apply(state, gradient, metrics["loss"])
         return state, metrics | applied
 
     return update

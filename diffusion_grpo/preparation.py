@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +20,11 @@ from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt
 from diffusion_grpo.reward import RewardSet, Scoring
 from diffusion_grpo.rollout import Trajectory, sample
+from diffusion_grpo.run_lock import LOCK_FILE, RunLock
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.trajectories import PolicySteps, UpdateBatch, policy_steps
+
+SCRATCH = "config.yaml.tmp"
 
 
 def check_directory(config: Config, resume: bool) -> Path:
@@ -40,7 +44,8 @@ def check_directory(config: Config, resume: bool) -> Path:
             f"output directory {directory} holds another run; {mend}, or go on with it by "
             f"`diffusion-grpo train --resume {directory}`"
         )
-    if not resume and directory.is_dir() and any(directory.iterdir()):
+    started = {LOCK_FILE, SCRATCH}  # what a run leaves that was killed before it had a config
+    if not resume and directory.is_dir() and {p.name for p in directory.iterdir()} - started:
         raise UsageError(f"output directory {directory} holds other files; {mend}")
     parent = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -75,22 +80,35 @@ def check_prompts(
         judges.check(texts, metadata, group_size=group_size, what=what)
 
 
-def make_directory(config: Config, directory: Path, notes: Sequence[str] = ()) -> None:
+def make_directory(
+    config: Config, directory: Path, notes: Sequence[str] = (), *, resume: bool = False
+) -> RunLock:
     """Make the run directory with its `config.yaml`, if it is not there.
 
     Args:
         config: the run's.
         directory: of the run.
         notes: what follows from the configuration, written above it as comments.
+        resume: whether there should be a run.
+
+    Returns:
+        The lock on it, taken.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: it cannot be written, or another process has it or was there first.
     """
     try:
-        (directory / "samples").mkdir(parents=True, exist_ok=True)
-        if not (directory / "config.yaml").is_file():
-            text = "".join(f"# {note}\n" for note in notes) + to_yaml(config)
-            (directory / "config.yaml").write_text(text, encoding="utf-8")
+        directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            lock = stack.enter_context(RunLock(directory))
+            check_directory(config, resume)  # nobody has begun a run in between
+            if not resume:
+                text = "".join(f"# {note}\n" for note in notes) + to_yaml(config)
+                (directory / SCRATCH).write_text(text, encoding="utf-8")
+                os.replace(directory / SCRATCH, directory / "config.yaml")
+            (directory / "samples").mkdir(exist_ok=True)
+            stack.pop_all()  # the caller holds it now
+        return lock
     except OSError as error:
         raise UsageError(
             f"output directory {directory} cannot be written ({error.strerror}); choose another "

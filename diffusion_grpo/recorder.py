@@ -125,6 +125,10 @@ class Recorder:
         self.report()
         return summary
 
+    def quality(self, done: int) -> float:
+        """Return the mean that `is_best` compares, of the evaluation after `done` iterations."""
+        return {entry.iteration: self._quality(entry) for entry in self._evaluations()}[done]
+
     def is_best(self, done: int) -> bool:
         """Whether the evaluation after `done` iterations has the highest mean so far.
 

@@ -401,6 +401,10 @@ class RunConfig(Section):
     """Seed of every random draw of training."""
     save_every: int = 0
     """Iterations between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints that are kept, beside the one with the best held-out mean."""
+    max_nonfinite: int = 10
+    """Updates in a row that may be skipped, loss or gradient not being finite, before it stops."""
     sample_every: int = 10
     """Iterations between picture grids under samples/; 0 writes them only before and after."""
     log_every: int = 1
@@ -416,5 +420,5 @@ class RunConfig(Section):
         """Reject values that no run can use."""
         super().__post_init__()
         self.require(bool(self.output.strip()), "output", "a directory")
-        self.require_positive("iterations", "log_every")
-        self.require_non_negative("seed", "save_every", "sample_every")
+        self.require_positive("iterations", "log_every", "keep_checkpoints")
+        self.require_non_negative("seed", "save_every", "sample_every", "max_nonfinite")

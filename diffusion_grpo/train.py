@@ -23,7 +23,9 @@ import numpy as np
 from diffusion_grpo.checkpoint import Checkpoints
 from diffusion_grpo.conditioning import encode_prompts, of_rows
 from diffusion_grpo.config import Config
+from diffusion_grpo.errors import RunError
 from diffusion_grpo.evaluate import Evaluation, Evaluator
+from diffusion_grpo.faults import check_present, explained, nonfinite_message, phase
 from diffusion_grpo.images import image_grid, save_image
 from diffusion_grpo.interrupt import StopRequest
 from diffusion_grpo.learner import LearnerState, image_advantages, penalized
@@ -88,6 +90,8 @@ def train(
         UsageError: something asked for cannot be done; found before any work where it can be.
         RewardError: a reward failed. The finished iterations are saved as a checkpoint; if it was
             in an evaluation between iterations, the resumed run goes on without that evaluation.
+        RunError: the disk, the device's memory or numbers that are not finite stopped it.
+        Preempted: SIGTERM did, and everything is saved.
     """
     # What can be wrong is found first, cheapest first.
     config.validate()
@@ -104,7 +108,8 @@ def train(
     gold = RewardSet.load(gold_specs, **settings) if gold_specs else None
     check_prompts(config, prompts, heldout, rewards, gold)
     check_trackers(config)
-    model = load_model(config, source)
+    with phase("loading the model"):
+        model = load_model(config, source)
 
     # The policy, its algorithm, and the compiled pieces of an iteration.
     options, rollout, seed = config.grpo, config.rollout, config.run.seed
@@ -117,32 +122,38 @@ def train(
     )
     shape = latent_shape(model, rollout.height, rollout.width)
     learner = make_learner(config, policy, model.scheduler_config, shape)
-    make_directory(config, directory, learner.notes)
     decode = make_decoder(model)
     evaluator = Evaluator(config, model, policy, heldout, rewards, gold)
     state = learner.init(len(prompts))
 
-    checkpoints = Checkpoints(directory / "checkpoints")
-    start = 0
-    if resume and checkpoints.latest is not None:
-        start = checkpoints.latest
-        restored = checkpoints.restore(leaves(state))["leaves"]
-        state = jax.tree.unflatten(jax.tree.structure(state), restored)
+    # The directory, and what a run before left there.
+    lock = make_directory(config, directory, learner.notes, resume=resume)
+    checkpoints = Checkpoints(directory / "checkpoints", keep=config.run.keep_checkpoints)
     again = f"diffusion-grpo train --resume {shlex.quote(str(directory))}"
-    log = MetricsLog(directory)
-    log.truncate_after(start - 1)
+    start, notes = 0, learner.notes
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock)
+        if resume and checkpoints.latest is not None:
+            start, restored, damaged = checkpoints.restore(leaves(state))
+            state = jax.tree.unflatten(jax.tree.structure(state), restored["leaves"])
+            notes = [*notes, *damaged]
+        log = MetricsLog(directory)
+        log.truncate_after(start - 1)
+        stack.pop_all()
 
     with (
+        lock,
+        explained(directory, checkpoints, again),
         contextlib.closing(checkpoints),
         log,
         Progress(config.run.iterations, start=start, quiet=quiet, verbose=verbose) as progress,
         Recorder(config, directory, start=start) as recorder,
         StopRequest() as stop,
     ):
-        for note in learner.notes:
+        for note in notes:
             progress.message(note)
         progress.message(f"evaluating before training on {evaluator.description}")
-        with checkpoints.kept(start, leaves(state), resume=again):
+        with checkpoints.kept(start, leaves(state), resume=again), phase("evaluation"):
             before = evaluator(policy.trained)
         progress.message(describe(before, "before"))
         recorder.evaluation(0, before)
@@ -150,6 +161,10 @@ def train(
 
         done = encoded = start
         for iteration in range(start, config.run.iterations):
+            if stop.requested:  # here the state is whole, and saved or made anew in no time
+                checkpoints.save(iteration, leaves(state))
+                checkpoints.wait()
+                raise stop.stopped(again)
             began = time.perf_counter()
 
             # prompts: P of them, G images each, group by group
@@ -175,6 +190,7 @@ def train(
             group_size = rollout.images_per_prompt
             with (
                 checkpoints.kept(iteration, leaves(state), resume=again),
+                phase("sampling"),
                 rewards.start(texts, metadata, group_size=group_size, may_drop=True) as scoring,
             ):
                 chunks: list[jax.Array] = []
@@ -207,12 +223,13 @@ def train(
             scored = time.perf_counter()
 
             # update
-            if iteration == start and (drift := learner.probe(state, drawn)):
-                progress.message(drift)
             loss_keys = image_keys(seed, iteration, index, group, "loss")
-            state, updates = learner.learn(
-                state._replace(history=history), drawn, advantages, iteration, loss_keys
-            )
+            with phase("the update"):
+                if iteration == start and (drift := learner.probe(state, drawn)):
+                    progress.message(drift)
+                state, updates = learner.learn(
+                    state._replace(history=history), drawn, advantages, iteration, loss_keys
+                )
             updated = time.perf_counter()
 
             # report
@@ -230,6 +247,7 @@ def train(
                 "images_per_second": rollout.num_images / (updated - began),
             }
             done = iteration + 1
+            check_present(directory)
             recorder.rollout(
                 iteration,
                 np.asarray(images),
@@ -238,10 +256,13 @@ def train(
                 np.asarray(advantages),
                 rollout.images_per_prompt,
             )
-            stopped = None
+            stopped = quality = None
             try:
                 if evaluation_due(config, done):
-                    with checkpoints.kept(done, leaves(state), resume=again):
+                    with (
+                        checkpoints.kept(done, leaves(state), resume=again),
+                        phase("evaluation"),
+                    ):
                         evaluation = evaluator(state.train.evaluated)
                     metrics |= {f"eval/{k}": v for k, v in evaluation.metrics().items()}
                     metrics["time/evaluate"] = time.perf_counter() - updated
@@ -249,6 +270,7 @@ def train(
                     recorder.evaluation(done, evaluation)
                     stopped = recorder.stop_reason()
                     if config.eval.keep_best and recorder.is_best(done):
+                        quality = recorder.quality(done)
                         export(config, model, policy, state.train.evaluated, directory / "best")
             finally:  # the iteration is done, whatever comes of its evaluation
                 if done % config.run.log_every == 0:
@@ -262,25 +284,26 @@ def train(
                     title=f"iteration {done}: reward {metrics['reward/mean']:.4f}",
                 )
                 save_image(directory / "samples" / f"iteration_{done:05d}.png", grid)
-            if config.run.save_every and done % config.run.save_every == 0:
-                checkpoints.save(done, leaves(state))
+            if save_due(config, done) or quality is not None:
+                checkpoints.save(done, leaves(state), quality=quality)
             progress.update(done, metrics)
+            skipped = int(state.train.nonfinite)
+            if skipped > config.run.max_nonfinite:
+                checkpoints.save(done, leaves(state))
+                raise RunError(nonfinite_message(skipped, config.run.max_nonfinite))
             if stopped:
                 progress.message(stopped)
                 break
-            if stop.requested and done < config.run.iterations:
-                checkpoints.save(done, leaves(state))
-                progress.message(f"stopped; go on with: {again}")
-                raise KeyboardInterrupt
 
         checkpoints.save(done, leaves(state))
-        with checkpoints.kept(done, leaves(state), resume=again):
+        with checkpoints.kept(done, leaves(state), resume=again), phase("evaluation"):
             after = evaluator(state.train.evaluated)
         progress.message(describe(after, "after"))
         recorder.evaluation(done, after)
         save_results(config, directory, before, after)
         export(config, model, policy, state.train.evaluated, directory / "final")
         progress.message(recorder.settle_best(done))
+        checkpoints.wait()
     return Result(before, after, directory)
 
 
@@ -293,6 +316,12 @@ def evaluation_due(config: Config, done: int) -> bool:
     """Whether to evaluate after `done` iterations; after the last one the run does anyway."""
     every = config.eval.every
     return every > 0 and done % every == 0 and done < config.run.iterations
+
+
+def save_due(config: Config, done: int) -> bool:
+    """Whether to save after `done` iterations; after the last one the run does anyway."""
+    every = config.run.save_every
+    return every > 0 and done % every == 0
 
 
 def lay_out(

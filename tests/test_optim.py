@@ -142,7 +142,7 @@ def test_the_rate_counts_iterations_not_updates():
 
 def test_the_average_follows_the_parameters_and_is_what_is_evaluated():
     optimizer = optax.sgd(1.0)
-    update = make_update(lambda params, g: ({"w": g}, {}), optimizer, ema_decay=0.75)
+    update = make_update(lambda params, g: ({"w": g}, {"loss": g.sum()}), optimizer, ema_decay=0.75)
     params = {"w": jnp.zeros(2)}
     state = TrainState(params, optimizer.init(params), {"w": jnp.zeros(2)})
     weight, average = 0.0, 0.0

@@ -113,8 +113,8 @@ def fit(
     if start:
         # Orbax knows dicts, lists and arrays; the modules' own containers are put back around the
         # leaves.
-        leaves = checkpoints.restore({"leaves": jax.tree.leaves(state)})["leaves"]
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        start, found, _ = checkpoints.restore({"leaves": jax.tree.leaves(state)})
+        state = jax.tree.unflatten(jax.tree.structure(state), found["leaves"])
         print(f"{name}: resumed at step {start}", flush=True)
     began = time.monotonic()
     steps = range(start, config.steps)

@@ -1,0 +1,206 @@
+"""Faults around a run, injected one by one: what its user is told, and what is left."""
+
+import errno
+import gc
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_run import config, flags, lasting
+from torch_checkpoints import write_pipeline
+
+import diffusion_grpo.train as train_module
+from diffusion_grpo.cli import main
+from diffusion_grpo.errors import RunError
+from diffusion_grpo.faults import phase
+from diffusion_grpo.optim import TrainState, make_update
+from diffusion_grpo.run_lock import RunLock
+from diffusion_grpo.train import train
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("faults") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """An undisturbed run of three iterations, every one of them saved."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(config(checkpoint, folder, run__iterations=3, run__keep_checkpoints=3), quiet=True)
+    return folder
+
+
+def before_the_update(monkeypatch, number, action):
+    """Do something within iteration `number`, after its images are scored."""
+    original, calls = train_module.image_advantages, []
+
+    def wrapped(*arguments, **options):
+        calls.append(1)
+        result = original(*arguments, **options)
+        if len(calls) == number + 1:
+            changed = action(*result)
+            return result if changed is None else changed
+        return result
+
+    monkeypatch.setattr(train_module, "image_advantages", wrapped)
+
+
+@pytest.mark.parametrize("broken", ["gradient", "loss"])
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(broken):
+    def gradient_of(params, scale):
+        nan = jnp.float32(jnp.nan)
+        gradient = {"w": scale * jnp.ones(3)}
+        loss = scale.sum()
+        if broken == "loss":
+            return gradient, {"loss": jnp.where(scale > 1, nan, loss)}
+        return {"w": jnp.where(scale > 1, nan, gradient["w"])}, {"loss": loss}
+
+    optimizer = optax.adam(0.1)
+    update = make_update(gradient_of, optimizer, ema_decay=0.5)
+    params = {"w": jnp.zeros(3)}
+    state = TrainState(params, optimizer.init(params), {"w": jnp.ones(3)}, jnp.int32(0))
+    counts, skips = [], []
+    for scale in (1.0, 2.0, 2.0, 1.0):
+        before = jax.device_get(state)
+        state, metrics = update(state, jnp.float32(scale))
+        if scale > 1:
+            for a, b in zip(jax.tree.leaves(before[:3]), jax.tree.leaves(state[:3]), strict=True):
+                np.testing.assert_array_equal(a, b)
+        counts.append(int(state.nonfinite))
+        skips.append(float(metrics["skipped"]))
+    assert counts == [0, 1, 2, 0] and skips == [0, 1, 1, 0]
+
+
+def test_too_many_updates_that_are_not_finite_stop_the_run(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    words = flags(checkpoint, tmp_path, run__iterations=4, run__max_nonfinite=0)
+    before_the_update(monkeypatch, 1, lambda advantages, history: (advantages * jnp.nan, history))
+    assert main(["train", *words]) == 1
+    message = capsys.readouterr().err
+    assert "1 updates in a row were skipped" in message and "run.max_nonfinite = 0" in message
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '2'}" in message
+    assert f"diffusion-grpo train --resume {tmp_path / 'run'}" in message
+    assert [row["skipped"] for row in lasting(tmp_path / "run")] == [0, 1]
+
+
+def test_a_truncated_checkpoint_costs_an_iteration_and_not_the_run(finished, tmp_path, capsys):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    for path in (run / "checkpoints" / "3").rglob("*"):
+        if path.is_file() and path.stat().st_size > 2000:
+            path.write_bytes(path.read_bytes()[:1000])
+    assert main(["train", "--resume", str(run)]) == 0
+    shown = "".join(capsys.readouterr())
+    assert f"checkpoint {run / 'checkpoints' / '3'} cannot be read" in shown
+    assert "going on from 2" in shown
+    assert lasting(run) == lasting(finished / "run")
+
+
+def test_a_full_disk_is_told_with_the_command_to_go_on(checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "rollouts"))
+
+    before_the_update(monkeypatch, 1, full)
+    assert main(["train", *flags(checkpoint, tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'run' / 'rollouts'} could not be written: No space left" in message
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '1'}" in message
+    assert "make room on the disk, then go on with: diffusion-grpo train --resume" in message
+    assert "Traceback" not in message
+
+
+# Orbax leaves coroutines that it never awaited where a folder is gone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_removed_run_directory_is_told(checkpoint, tmp_path, monkeypatch, capsys):
+    before_the_update(monkeypatch, 1, lambda *_: shutil.rmtree(tmp_path / "run"))
+    assert main(["train", *flags(checkpoint, tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert f"run directory {tmp_path / 'run'} was removed while the run" in message
+    assert "Traceback" not in message
+    gc.collect()  # that garbage is found here
+
+
+def test_a_removed_metrics_file_is_told(checkpoint, tmp_path, monkeypatch, capsys):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before_the_update(monkeypatch, 1, lambda *_: metrics.unlink())
+    assert main(["train", *flags(checkpoint, tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert f"{metrics} could not be written: it was removed" in message
+    assert "the last good checkpoint is" in message and "--resume" in message
+
+
+def test_a_metrics_file_that_cannot_be_written_is_refused(finished, tmp_path, capsys):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert f"{run / 'metrics.jsonl'} cannot be written" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("loading the model", "model.dtype"),
+        ("sampling", "rollout.microbatch"),
+        ("the update", "grpo.microbatch"),
+        ("evaluation", "rollout.microbatch"),
+    ],
+)
+def test_memory_that_runs_out_names_what_to_lower(name, option):
+    with pytest.raises(RunError, match=rf"out of device memory in {name}: .* Lower {option}"):
+        with phase(name):
+            jnp.zeros(2**44).block_until_ready()  # 64 TiB
+
+
+def test_memory_that_runs_out_in_a_run_is_told_with_the_checkpoint(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    from diffusion_grpo.learning import GRPOLearner
+
+    def learn(self, *arguments):
+        if arguments[3] == 1:
+            jnp.zeros(2**44).block_until_ready()
+        return original(self, *arguments)
+
+    original = GRPOLearner.learn
+    monkeypatch.setattr(GRPOLearner, "learn", learn)
+    assert main(["train", *flags(checkpoint, tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "out of device memory in the update" in message and "Lower grpo.microbatch" in message
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '1'}" in message
+
+
+def test_a_second_process_on_a_run_directory_is_refused(finished, tmp_path, capsys):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path\n"
+            "from diffusion_grpo.run_lock import RunLock\n"
+            "RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()",
+            str(run),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert main(["train", "--resume", str(run)]) == 2
+        message = capsys.readouterr().err
+        assert f"run directory {run} is in use by process {holder.pid} on " in message
+    finally:
+        holder.kill()
+        holder.wait()
+        for stream in (holder.stdin, holder.stdout):
+            assert stream is not None
+            stream.close()
+    with RunLock(run):  # the killed process has left a file, and no lock
+        pass
