@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion_grpo.conditioning import encode_prompts, of_rows
 from diffusion_grpo.config import Config
 from diffusion_grpo.flops import count_flops
 from diffusion_grpo.learner import Rollout, image_advantages, penalized
@@ -29,7 +30,6 @@ from diffusion_grpo.learning import GRPOLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
-    encode_prompts,
     latent_shape,
     make_decoder,
     make_policy,
@@ -108,12 +108,15 @@ class Workload:
         self.loss_keys = image_keys(0, 0, self.index, self.group, "loss")
         self._random_text = text_states is not None
         if text_states is None:
-            self.embeddings: Any = self.encode()
+            encoded = self.encode()
         else:
             dtype = DTYPES[config.model.dtype]
-            self.embeddings = jax.random.normal(jax.random.key(0), (prompts + 1, *text_states))
-            self.embeddings = self.embeddings.astype(dtype)
-        self.conditioning = (self.embeddings[self.index], self.embeddings[-1:])
+            states = jax.random.normal(jax.random.key(0), (prompts + 1, *text_states)).astype(dtype)
+            encoded = (
+                {"encoder_hidden_states": states[:-1]},
+                {"encoder_hidden_states": states[-1:]},
+            )
+        self.conditioning = of_rows(encoded, self.index)
         self._rollout: Rollout | None = None
         self._images: Any = None
 
@@ -127,8 +130,13 @@ class Workload:
 
     def encode(self) -> Any:
         """Encode the prompts of the iteration and the negative one."""
-        texts = [*(prompt.text for prompt in self.prompts), self.config.rollout.negative_prompt]
-        return encode_prompts(self.model, texts)
+        return encode_prompts(
+            self.model,
+            [prompt.text for prompt in self.prompts],
+            negative_prompt=self.config.rollout.negative_prompt,
+            shape=self.shape,
+            clip_skip=self.config.model.clip_skip,
+        )
 
     def sample(self, on_chunk: Callable[[jax.Array], None] | None = None) -> Any:
         """Draw the images' latents, as the algorithm needs them: GRPO with log-probs."""
@@ -249,7 +257,7 @@ class Workload:
         learner = make_learner(config, plain, self.model.scheduler_config, self.shape)
         size = config.grpo.microbatch
         noise = self.noise[:size]
-        conditioning = (self.conditioning[0][:size], self.conditioning[1])
+        conditioning = of_rows(self.conditioning, np.arange(len(noise)))
 
         def denoise(trained: Any, frozen: Any, x: Any) -> Any:
             return plain.denoiser(trained, frozen)(x, jnp.int32(1), conditioning)
@@ -269,8 +277,9 @@ class Workload:
         found = {"process_peak": process_peak()}
         if isinstance(self.learner, GRPOLearner):
             size = self.config.grpo.microbatch
-            conditioning = (self.conditioning[0][:size], self.conditioning[1])
-            arguments = update_arguments(self.learner, self.policy, self.noise[:size], conditioning)
+            noise = self.noise[:size]
+            conditioning = of_rows(self.conditioning, np.arange(len(noise)))
+            arguments = update_arguments(self.learner, self.policy, noise, conditioning)
             analysis = self.learner.loss.accumulate.lower(*arguments).compile().memory_analysis()
             found["update_temporary"] = int(analysis.temp_size_in_bytes)
             found["update_arguments"] = int(analysis.argument_size_in_bytes)

@@ -122,7 +122,7 @@ def peer_spec(work: Workload, mode: str) -> dict[str, Any]:
     plan = learner.plan(schedule, 0)
     constants = ("timesteps", "signal_scale", "noise_scale", "next_signal_scale")
     constants += ("direction_scale", "std")
-    embeddings = work.conditioning[0]
+    embeddings = work.conditioning[0]["encoder_hidden_states"]
     return {
         "mode": mode,
         "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
