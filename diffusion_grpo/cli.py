@@ -43,6 +43,8 @@ RL fine-tuning of text-to-image diffusion models in JAX.
   evaluate           rewards on held-out prompts, with intervals, against a base
   report RUN ...     runs as one HTML page
   view RUN ...       the same page, live while a run trains
+  plan [PRESET | config.yaml]
+                     will a run fit, and how fast, on devices that need not be here
   bench [PRESET]     how fast a run goes on this machine, alone or against PyTorch
   score              score images that are there already
   check-reward       find out whether a reward keeps the contract
@@ -54,7 +56,7 @@ diffusion-grpo COMMAND --help says more. """
 
 
 # Commands in modules of their own, under `commands/`; each returns the files that it wrote.
-MODULES = ("sample", "compare", "evaluate", "report", "view", "bench")
+MODULES = ("sample", "compare", "evaluate", "report", "view", "bench", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,10 +30,11 @@ def count_flops(function: Callable[..., Any], *args: Any, **kw: Any) -> int:
 
 
 def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    return sum(equation_flops(equation) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def equation_flops(equation: Any) -> int:
+    """Count the operations of one traced equation, with what is inside it."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -48,7 +49,7 @@ def _of_equation(equation: Any) -> int:
         return 2 * math.prod(equation.outvars[0].aval.shape) * window // zeros
     if name.startswith("dot_product_attention"):
         return _of_attention(name, equation)
-    inner = [_of_jaxpr(part) for part in _inner(params)]
+    inner = [_of_jaxpr(part) for part in inner_programs(params)]
     if name == "cond":
         return max(inner, default=0)
     return sum(inner) * (params["length"] if name == "scan" else 1)
@@ -64,7 +65,7 @@ def _of_attention(name: str, equation: Any) -> int:
     return (4 if "bwd" in name or "backward" in name else 2) * 2 * b * heads * n * m * d
 
 
-def _inner(params: dict[str, Any]) -> list[Any]:
+def inner_programs(params: dict[str, Any]) -> list[Any]:
     """Return the programs inside an equation: of a call, a loop or a branch."""
     found = []
     for value in params.values():

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.models.clip import CLIPTextModel
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
@@ -104,19 +103,11 @@ ARCHITECTURES = {
     ),
 }
 
-
-def architecture(name: str) -> Architecture:
-    """Return a published architecture.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    if name not in ARCHITECTURES:
-        raise UsageError(
-            f"architecture {name!r} is not known{suggest(name, ARCHITECTURES)}; expected one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[name]
+# Checkpoints whose networks these are.
+HUB_IDS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
 
 
 def random_pipeline(

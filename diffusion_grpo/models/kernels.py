@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -16,6 +19,22 @@ Implementation = Literal["xla", "cudnn", "heads_first"]
 
 VARIABLE = "DIFFUSION_GRPO_ATTENTION"  # of the environment: overrides the choice
 _CHOICES: tuple[Implementation, ...] = ("xla", "cudnn", "heads_first")
+
+_PLANNED: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def planned_for(backend: str) -> Iterator[None]:
+    """Have what is traced inside use the implementations of a backend that is not here.
+
+    It can be traced, and its cost found, but not run there: what cuDNN would do is stood in for by
+    a program named `fused_attention`.
+    """
+    token = _PLANNED.set(backend)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
 
 
 def attention_implementation(
@@ -62,8 +81,9 @@ def attend(
     value: Float[Array, "B m heads d"],
 ) -> Float[Array, "B n heads d"]:
     """Return softmax(q kᵀ / √d) v, scores and softmax in float32, in the dtype of the values."""
+    planned = _PLANNED.get()
     implementation = attention_implementation(
-        jax.default_backend(),
+        planned or jax.default_backend(),
         query.dtype,
         queries=query.shape[1],
         keys=key.shape[1],
@@ -71,6 +91,8 @@ def attend(
     )
     if implementation == "heads_first":
         return _heads_first(query, key, value)
+    if implementation == "cudnn" and planned:
+        return _stand_in(query, key, value)
     # Inside, JAX promotes bfloat16 to float32 implicitly, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
@@ -82,3 +104,27 @@ def _heads_first(query: Array, key: Array, value: Array) -> Array:
     weights = jax.nn.softmax(scores * (1 / math.sqrt(query.shape[-1])), axis=-1)
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
     return out.swapaxes(1, 2)
+
+
+def fused_attention(query: Array, key: Array, value: Array) -> Array:
+    """What a fused kernel computes, for `planned_for`."""
+    return _heads_first(query, key, value)
+
+
+def fused_attention_backward(parts: Any, gradient: Array) -> Any:
+    """Its gradient, from queries, keys, values and the output."""
+    query, key, value, _ = parts
+    return jax.vjp(_heads_first, query, key, value)[1](gradient)
+
+
+@jax.custom_vjp
+def _stand_in(query: Array, key: Array, value: Array) -> Array:
+    return jax.jit(fused_attention)(query, key, value)
+
+
+def _stand_in_forward(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+    out = _stand_in(query, key, value)
+    return out, (query, key, value, out)
+
+
+_stand_in.defvjp(_stand_in_forward, jax.jit(fused_attention_backward))

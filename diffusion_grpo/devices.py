@@ -1,0 +1,102 @@
+"""What accelerators can do, as their makers publish it; this machine's CPU is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from diffusion_grpo.errors import UsageError, suggest
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One accelerator.
+
+    Attributes:
+        backend: JAX's name of its kind: cpu, gpu or tpu.
+        flops: dense bfloat16 products, operations a second.
+        flops_float32: the same in float32 (TF32 where JAX uses it by default).
+        bandwidth: of its memory, bytes a second.
+        memory: bytes.
+        link: to its neighbors, bytes a second in one direction.
+        efficiency: the share of the products' rate that convolutions and products reach.
+        bandwidth_efficiency: the share of the bandwidth.
+        slack: memory really taken, over what has to be alive: copies and fragments.
+    """
+
+    backend: str
+    flops: float
+    flops_float32: float
+    bandwidth: float
+    memory: float
+    link: float
+    efficiency: float = 0.5
+    bandwidth_efficiency: float = 0.7
+    slack: float = 1.15
+
+
+# Makers' data sheets: dense rates, memory as sold (GB), NVLink or PCIe of one direction, ICI.
+DEVICES: dict[str, Device] = {
+    "h200": Device("gpu", 989e12, 494e12, 4.8e12, 141e9, 450e9),
+    "h100": Device("gpu", 989e12, 494e12, 3.35e12, 80e9, 450e9),
+    "a100-80gb": Device("gpu", 312e12, 156e12, 2.04e12, 80e9, 300e9),
+    "a100-40gb": Device("gpu", 312e12, 156e12, 1.56e12, 40e9, 300e9),
+    "l40s": Device("gpu", 362e12, 183e12, 864e9, 48e9, 32e9),
+    "l4": Device("gpu", 121e12, 60e12, 300e9, 24e9, 32e9),
+    "rtx4090": Device("gpu", 165e12, 82.6e12, 1.01e12, 24e9, 32e9),
+    "rtx3090": Device("gpu", 71e12, 35.6e12, 936e9, 24e9, 32e9),
+    "tpu-v4": Device("tpu", 275e12, 69e12, 1.23e12, 32e9, 100e9),
+    "tpu-v5e": Device("tpu", 197e12, 49e12, 819e9, 16e9, 100e9),
+    "tpu-v5p": Device("tpu", 459e12, 115e12, 2.77e12, 95e9, 200e9),
+    "tpu-v6e": Device("tpu", 918e12, 230e12, 1.64e12, 32e9, 180e9),
+}
+NAMES = ("cpu", *DEVICES)
+
+
+def find_device(name: str) -> Device:
+    """Return a device by name; `cpu` is this machine, measured in about a second.
+
+    Raises:
+        UsageError: no such device.
+    """
+    if name == "cpu":
+        return _this_machine()
+    if name not in DEVICES:
+        raise UsageError(
+            f"device is {name!r}{suggest(name, NAMES)}; expected one of {', '.join(NAMES)}"
+        )
+    return DEVICES[name]
+
+
+def _this_machine() -> Device:
+    import time
+
+    import jax.numpy as jnp
+    import numpy as np
+
+    from diffusion_grpo.bench import matrix_rate
+
+    rate = matrix_rate(jnp.float32)
+    source = np.ones(1 << 25, np.float32)
+    target = np.empty_like(source)
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
+    # XLA's CPU backend computes bfloat16 in float32.
+    return Device("cpu", rate, rate, best, _memory_here(), best, *CPU_SHARES)
+
+
+# Measured with the embedded model on two cores; see `slack` above.
+CPU_SHARES = (0.45, 0.35, 1.2)
+
+
+def _memory_here() -> float:
+    import os
+
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError, AttributeError):  # not POSIX
+        return 8.0 * GIB

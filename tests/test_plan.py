@@ -1,0 +1,137 @@
+"""`diffusion-grpo plan`: costs of traced programs, and a run's memory and time."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from diffusion_grpo.cli import main
+from diffusion_grpo.config import load_config
+from diffusion_grpo.costs import program_cost
+from diffusion_grpo.devices import DEVICES
+from diffusion_grpo.models.kernels import attend, planned_for
+from diffusion_grpo.plan import find_architecture, make_plan
+from diffusion_grpo.published import ARCHITECTURES
+from diffusion_grpo.resources import resource_path
+
+KIB = 1024
+SMALL = ["--rollout.prompts-per-iteration", "2", "--rollout.images-per-prompt", "2"]
+SMALL += ["--rollout.num-steps", "3", "--rollout.window-size", "1", "--rollout.microbatch", "4"]
+SMALL += ["--grpo.microbatch", "4"]
+
+
+def test_elementwise_work_takes_no_memory_and_products_are_freed_after_their_last_reader():
+    a = jax.ShapeDtypeStruct((16, 16), jnp.float32)  # 1 KiB
+
+    def chain(a):
+        x = jnp.tanh(a @ a) + 1  # written, for the next product reads it
+        y = x @ x
+        return (y @ y).sum()
+
+    cost = program_cost(chain, a)
+    assert cost.arguments == KIB and cost.flops == 3 * 2 * 16**3
+    # the product, and tanh(.) + 1 of it; then x and y; then y and y @ y
+    assert cost.peak == 2 * KIB
+
+
+def test_a_loop_costs_its_body_as_often_as_it_runs():
+    a = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+
+    def loop(a):
+        return jax.lax.scan(lambda x, _: (x @ a, None), a, None, length=7)[0]
+
+    cost = program_cost(loop, a)
+    assert cost.flops == 7 * 2 * 16**3
+    # a product reads two matrices and writes one; at 1 byte/s that is the time of each
+    np.testing.assert_allclose(cost.seconds(1e30, 1.0), 7 * 3 * KIB)
+    np.testing.assert_allclose(cost.seconds(1.0, 1e30), cost.flops)
+
+
+def test_fused_attention_never_holds_the_scores():
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.bfloat16)
+    scores = 2 * 1024 * 1024 * 4
+
+    def gradient(q):
+        return jax.grad(lambda q: attend(q, q, q).astype(jnp.float32).sum())(q)
+
+    with planned_for("gpu"):
+        fused = program_cost(gradient, q)
+    with planned_for("tpu"):
+        plain = program_cost(gradient, q)
+    assert fused.peak < scores / 8 < scores < plain.peak
+    # 2 products forward, 4 backward; the backward one recomputes the scores
+    assert plain.flops == 6 * 2 * 2 * 1024**2 * 16 and fused.flops >= plain.flops
+
+
+def test_parameters_are_those_of_the_files(tmp_path):
+    path = tmp_path / "plan.json"
+    words = ["plan", "demo", *SMALL, "--device", "h100", "--json", str(path), "--quiet"]
+    assert main(words) == 0
+    plan = json.loads(path.read_text())
+    directory = resource_path("assets", "shapes-diffusion")
+
+    def numbers(part):
+        return sum(
+            value.size
+            for file in (directory / part).glob("*.safetensors")
+            for name, value in load_file(file).items()
+            if not name.endswith("position_ids")
+        )
+
+    unet, memory = 4 * numbers("unet"), plan["memory"]
+    assert memory["trained parameters"] == memory["gradient"] == memory["reference"] == unet
+    assert 2 * unet <= memory["optimizer state"] < 2 * unet + 64
+    expected = 4 * (numbers("vae") + numbers("text_encoder"))
+    np.testing.assert_allclose(memory["frozen parameters"], expected, rtol=0.05)
+    assert plan["fits"] and plan["largest_microbatch"] == 4 and plan["communicated"] == 0
+    assert plan["peak"] == sum(
+        size for name, size in memory.items() if not name.startswith("while ")
+    ) + max(size for name, size in memory.items() if name.startswith("while "))
+    assert any("float32 on an accelerator" in line for line in plan["warnings"])
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_with_a_mend_and_devices_share_the_work():
+    config = load_config("demo", SMALL)
+    model = find_architecture("shapes-diffusion")
+    tiny = DEVICES["h100"].__class__("gpu", 1e12, 1e12, 1e11, 6e7, 1e9)
+    one = make_plan(config, model, tiny, 1)
+    assert not one.fits and "--model.trainable lora needs less" in one.warnings[0]
+    two = make_plan(config, model, DEVICES["h100"], 2)
+    # a ring sends every gradient but the device's own share twice
+    assert two.communicated == two.memory["gradient"]
+    assert two.memory["while sampling"] < one.memory["while sampling"]
+    np.testing.assert_allclose(two.flops["sample"], one.flops["sample"])
+
+
+@pytest.mark.slow
+def test_sd15_has_the_published_number_of_parameters():
+    from flax import nnx
+
+    from diffusion_grpo.models.unet import UNet2DConditionModel
+
+    unet = nnx.eval_shape(
+        lambda: UNet2DConditionModel(ARCHITECTURES["sd15"].unet, rngs=nnx.Rngs(0))
+    )
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(unet))) == 859_520_964
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "h10"], "did you mean 'h100'"),
+        (["--devices", "0"], "devices is '0'"),
+        (["--devices", "3", "--device", "h100"], "rollout.microbatch is 64, which 3 devices"),
+        (["--json", "a.txt"], "does not end in .json"),
+        (
+            ["--grpo.algorithm", "nft", "--grpo.kl", "mse", "--device", "h100"],
+            "plan knows GRPO alone",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words, message, capsys):
+    assert main(["plan", "demo", *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
