@@ -18,6 +18,7 @@ from jax import Array
 
 from diffusion_grpo.config import Config, PromptsConfig
 from diffusion_grpo.gaussian import Reduction, gaussian_kl
+from diffusion_grpo.mesh import by_rows
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
     encode_prompts,
@@ -176,13 +177,13 @@ class Evaluator:
     def _drawn(self, trained: Any) -> Iterator[np.ndarray]:
         """Draw the images, chunk by chunk of one size."""
         for rows in padded_chunks(len(self.texts), self._chunk):
-            conditioning = (self._embeddings[rows], self._embeddings[-1:])
+            conditioning = (by_rows(self._embeddings[rows]), self._embeddings[-1:])
             final = self._draw(
                 trained,
                 self._policy.frozen,
                 self._schedule,
-                self._initial[rows],
-                self._keys[rows],
+                by_rows(self._initial[rows]),
+                by_rows(self._keys[rows]),
                 conditioning,
             )
             yield np.asarray(self._decode(final))
@@ -194,9 +195,9 @@ class Evaluator:
             np.asarray(
                 self._kl(
                     trained,
-                    self._initial[rows],
-                    self._keys[rows],
-                    (self._embeddings[rows], self._embeddings[-1:]),
+                    by_rows(self._initial[rows]),
+                    by_rows(self._keys[rows]),
+                    (by_rows(self._embeddings[rows]), self._embeddings[-1:]),
                 )
             )
             for rows in padded_chunks(len(self.texts), self._chunk)

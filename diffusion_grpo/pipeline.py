@@ -7,6 +7,7 @@ weights and one program serves the policy, the old policy and the reference.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
+from diffusion_grpo.mesh import by_rows, gathered, replicated, shards
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
 from diffusion_grpo.samplers import Solver, make_solver, solve
@@ -50,7 +52,8 @@ def encode_prompts(model: StableDiffusion, texts: Sequence[str]) -> Float[Array,
             f"{longest[0]!r}",
             stacklevel=2,
         )
-    padded = distinct + [""] * (-len(distinct) % CHUNK)
+    chunk = math.lcm(CHUNK, shards())
+    padded = distinct + [""] * (-len(distinct) % chunk)
     ids = np.asarray(
         model.tokenizer(padded, padding="max_length", truncation=True, max_length=length)[
             "input_ids"
@@ -58,9 +61,11 @@ def encode_prompts(model: StableDiffusion, texts: Sequence[str]) -> Float[Array,
         np.int32,
     )
     graphdef, weights = nnx.split(model.text_encoder)
-    encode = jax.jit(lambda weights, ids: nnx.merge(graphdef, weights)(ids).last_hidden_state)
+    encode = jax.jit(
+        lambda weights, ids: nnx.merge(graphdef, weights)(by_rows(ids)).last_hidden_state
+    )
     states = jnp.concatenate(
-        [encode(weights, ids[i : i + CHUNK]) for i in range(0, len(ids), CHUNK)]
+        [replicated(encode(weights, ids[i : i + chunk])) for i in range(0, len(ids), chunk)]
     )
     place = {text: i for i, text in enumerate(distinct)}
     return states[np.array([place[text] for text in texts])]
@@ -104,7 +109,7 @@ class TrainablePolicy:
 
     def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
         """Return the guided denoiser with the given parameters."""
-        network = self._network(trained)
+        network, frozen = gathered(self._network(trained)), gathered(frozen)
 
         def apply(sample: Array, timesteps: Array, embeddings: Array) -> Array:
             return nnx.merge(self._graphdef, network, frozen)(sample, timesteps, embeddings)
@@ -155,7 +160,7 @@ def make_decoder(model: StableDiffusion) -> Callable[[Float[Array, "B h w c"]], 
     def decode(weights: Any, latents: Array) -> Array:
         images = nnx.merge(graphdef, weights).decode(latents.astype(jnp.float32) / scaling)
         levels = jnp.round((images.astype(jnp.float32) / 2 + 0.5).clip(0, 1) * 255)
-        return levels.astype(jnp.uint8)
+        return by_rows(levels.astype(jnp.uint8))
 
     return lambda latents: decode(weights, latents)
 
@@ -297,8 +302,8 @@ def make_sampler(policy: TrainablePolicy) -> Callable[..., Array]:
 def padded_chunks(count: int, size: int) -> list[np.ndarray]:
     """Return row numbers in chunks of one size, so that one program serves all.
 
-    The last chunk is padded with its last row.
+    The last chunk is padded with its last row; each divides over the devices.
     """
-    size = min(size, count)
+    size = -(-min(size, count) // shards()) * shards()
     rows = np.arange(-(-count // size) * size).clip(max=count - 1)
     return list(rows.reshape(-1, size))

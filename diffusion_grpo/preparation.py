@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from diffusion_grpo.config import Config, to_yaml
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
+from diffusion_grpo.mesh import by_rows, join_rows, take_rows
 from diffusion_grpo.pipeline import TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt
@@ -155,7 +156,7 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
     def chunk(
         trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
     ) -> Trajectory:
-        return sample(
+        drawn = sample(
             policy.denoiser(trained, frozen),
             policy.noise(trained, schedule),
             noise,
@@ -163,6 +164,9 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
             conditioning,
             reduction=reduction,
             storage_dtype=storage,
+        )
+        return drawn._replace(
+            latents=by_rows(drawn.latents, 1), log_probs=by_rows(drawn.log_probs, 1)
         )
 
     def draw(
@@ -177,14 +181,14 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
     ) -> Trajectory:
         parts = []
         for rows in chunks(len(noise), config.rollout.microbatch):
-            part = (noise[rows], keys[rows], of_rows(conditioning, rows))
+            part = (take_rows(noise, rows), take_rows(keys, rows), of_rows(conditioning, rows))
             parts.append(chunk(trained, frozen, schedule, *part))
             if on_chunk is not None:
                 on_chunk(parts[-1].final)
         return Trajectory(
-            jnp.concatenate([p.latents for p in parts], axis=1),
+            join_rows([p.latents for p in parts], 1),
             parts[0].timesteps,
-            jnp.concatenate([p.log_probs for p in parts], axis=1),
+            join_rows([p.log_probs for p in parts], 1),
         )
 
     return draw
@@ -206,11 +210,11 @@ def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[...,
     ) -> jax.Array:
         parts = []
         for rows in chunks(len(noise), config.rollout.microbatch):
-            part = (noise[rows], keys[rows], of_rows(conditioning, rows))
+            part = (take_rows(noise, rows), take_rows(keys, rows), of_rows(conditioning, rows))
             parts.append(draw(trained, frozen, schedule, *part))
             if on_chunk is not None:
                 on_chunk(parts[-1])
-        return jnp.concatenate(parts)
+        return join_rows(parts)
 
     return final
 
@@ -245,7 +249,7 @@ def make_policy_steps(
             chunk(trained, frozen, schedule, batch.take(rows), active)
             for rows in chunks(len(batch.advantages), size)
         ]
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
+        return jax.tree.map(lambda *leaves: join_rows(leaves, 1), *parts)
 
     return steps
 
@@ -257,7 +261,7 @@ def chunks(count: int, size: int) -> list[slice]:
 
 def of_rows(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
     """Return the conditioning of some images: their prompts, and the negative one of all."""
-    return conditioning[0][rows], conditioning[1]
+    return take_rows(conditioning[0], rows), conditioning[1]
 
 
 def decode_and_score(decode: Any, images: list[Any], scoring: Scoring, latents: jax.Array) -> None:
