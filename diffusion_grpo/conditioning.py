@@ -7,6 +7,7 @@ embedding and the sizes of the picture. Everything above handles it as a pytree.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Array
 
 from diffusion_grpo.components import TextEncoder
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.mesh import by_rows, replicated, shards
 from diffusion_grpo.models.clip import CLIPTextModel
 from diffusion_grpo.pretrained import StableDiffusion
 
@@ -89,6 +91,12 @@ def of_rows(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
     return jax.tree.map(lambda leaf: leaf[rows], conditioning[0]), conditioning[1]
 
 
+def by_rows_of(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
+    """Return the conditioning of some images, divided over the devices as the images are."""
+    prompts, negative = of_rows(conditioning, rows)
+    return by_rows(prompts), negative
+
+
 def _size_ids(model: StableDiffusion, shape: tuple[int, int, int] | None) -> Array:
     factor = model.vae.config.downscale_factor
     height, width = model.image_size if shape is None else (factor * shape[0], factor * shape[1])
@@ -100,7 +108,8 @@ def _encode(
 ) -> tuple[Array, Array, Array]:
     """Return hidden states `[N, n, d]`, those of the first text without skip, and pooled ones."""
     length = _length(tokenizer, encoder)
-    padded = texts + [""] * (-len(texts) % CHUNK)
+    chunk = math.lcm(CHUNK, shards())
+    padded = texts + [""] * (-len(texts) % chunk)
     words = tokenizer(padded, padding="max_length", truncation=True, max_length=length)
     ids = np.asarray(words["input_ids"], np.int32)
     graphdef, weights = nnx.split(encoder)
@@ -118,13 +127,13 @@ def _encode(
     @jax.jit
     def encode(weights: Any, ids: Array) -> tuple[Array, Array, Array]:
         encoder = nnx.merge(graphdef, weights)
-        output = encoder(ids)
+        output = encoder(by_rows(ids))
         layers = output.hidden_states
         both = (states(encoder, layers, skip) for skip in (clip_skip, 0))
         skipped, plain = both
         return skipped, plain[:1], output.pooled
 
-    parts = [encode(weights, ids[i : i + CHUNK]) for i in range(0, len(ids), CHUNK)]
+    parts = [replicated(encode(weights, ids[i : i + chunk])) for i in range(0, len(ids), chunk)]
     hidden, plain, pooled = zip(*parts, strict=True)
     return jnp.concatenate(hidden), plain[0], jnp.concatenate(pooled)
 

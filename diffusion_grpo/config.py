@@ -22,6 +22,7 @@ from diffusion_grpo.sections import (
     SHORT_FLAGS,
     EvalConfig,
     GRPOOptions,
+    MeshConfig,
     ModelConfig,
     NFTOptions,
     OptimConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "Config",
     "EvalConfig",
     "GRPOOptions",
+    "MeshConfig",
     "ModelConfig",
     "NFTOptions",
     "OptimConfig",
@@ -63,6 +65,7 @@ class Config:
     nft: NFTOptions = NFTOptions()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
 
     def training_rewards(self) -> list[RewardSpec]:

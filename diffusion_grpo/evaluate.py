@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffusion_grpo.conditioning import encode_prompts, of_rows
+from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config, PromptsConfig
 from diffusion_grpo.gaussian import Reduction, gaussian_kl
+from diffusion_grpo.mesh import by_rows
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
     latent_shape,
@@ -186,9 +187,9 @@ class Evaluator:
                 trained,
                 self._policy.frozen,
                 self._schedule,
-                self._initial[rows],
-                self._keys[rows],
-                of_rows(self._conditioning, rows),
+                by_rows(self._initial[rows]),
+                by_rows(self._keys[rows]),
+                by_rows_of(self._conditioning, rows),
             )
             yield np.asarray(self._decode(final))
 
@@ -199,9 +200,9 @@ class Evaluator:
             np.asarray(
                 self._kl(
                     trained,
-                    self._initial[rows],
-                    self._keys[rows],
-                    of_rows(self._conditioning, rows),
+                    by_rows(self._initial[rows]),
+                    by_rows(self._keys[rows]),
+                    by_rows_of(self._conditioning, rows),
                 )
             )
             for rows in padded_chunks(len(self.texts), self._chunk)

@@ -59,7 +59,7 @@ def explained(directory: Path, checkpoints: Checkpoints, resume: str) -> Iterato
     try:
         yield
     except OSError as error:
-        if not directory.is_dir():
+        if not present(directory):
             raise RunError(removed(directory)) from error
         place = error.filename or directory
         what = error.strerror or str(error)
@@ -71,7 +71,7 @@ def explained(directory: Path, checkpoints: Checkpoints, resume: str) -> Iterato
             f"with: {resume}"
         ) from error
     except RunError as error:
-        if not directory.is_dir():
+        if not present(directory):
             raise RunError(removed(directory)) from error
         raise RunError(f"{error}\n{last_good(checkpoints)}; go on with: {resume}") from error
 
@@ -93,9 +93,14 @@ def removed(directory: Path) -> str:
     )
 
 
+def present(directory: Path) -> bool:
+    """Whether the run is there; a save on its way may have made the bare folder again."""
+    return (directory / "config.yaml").is_file()
+
+
 def check_present(directory: Path) -> None:
     """Raise a `RunError` if the run directory is gone, which an open file would not notice."""
-    if not (directory / "config.yaml").is_file():
+    if not present(directory):
         raise RunError(removed(directory))
 
 

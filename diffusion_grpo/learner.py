@@ -17,6 +17,7 @@ from diffusion_grpo.advantages import (
 )
 from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.grpo import adapted_beta
+from diffusion_grpo.mesh import by_rows, placement
 from diffusion_grpo.optim import TrainState, make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, make_schedule
@@ -134,6 +135,7 @@ class Learner:
         """Prepare; see `make_learner`."""
         self.config, self.policy, self.latent = config, policy, latent
         self._scheduler = scheduler
+        self.place = placement(full=config.model.trainable == "full")
         self._optimizer, self.learning_rate = make_optimizer(
             config.optim, config.grpo.updates_per_rollout, config.run.iterations
         )
@@ -155,9 +157,10 @@ class Learner:
             else ["total"]
         )
         history = {name: RewardHistory.empty(num_prompts, options.running_size) for name in names}
+        train = TrainState(params, self._optimizer.init(params), average, jnp.int32(0))
         return LearnerState(
-            train=TrainState(params, self._optimizer.init(params), average, jnp.int32(0)),
-            old=_copy(reference) if options.algorithm == "nft" else None,
+            train=self.place(train),
+            old=self.place(_copy(reference)) if options.algorithm == "nft" else None,
             beta=jnp.float32(options.beta),
             history=history if options.advantage == "running" else {},
         )
@@ -228,7 +231,7 @@ class Learner:
 
     def _chosen(self, batch: Any, advantages: Any) -> Any:
         """Return the batch with its advantages, of the best and worst images where asked for."""
-        batch = batch._replace(advantages=advantages)
+        batch = batch._replace(advantages=by_rows(jnp.asarray(advantages)))
         count = self.config.grpo.best_and_worst
         if count is None:
             return batch

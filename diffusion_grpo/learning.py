@@ -17,6 +17,7 @@ import numpy as np
 from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.consistency import images_learned_from
 from diffusion_grpo.learner import Learner, LearnerState, Rollout
+from diffusion_grpo.mesh import by_rows, join_rows
 from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
 from diffusion_grpo.optim import make_update, moved_average
 from diffusion_grpo.pipeline import TrainablePolicy
@@ -79,9 +80,12 @@ class GRPOLearner(Learner):
             learned_noise=options.learn_noise_scale,
             microbatch=options.microbatch,
         )
-        self.loss = compile_loss(policy.denoiser, loss, policy.noise)
+        self.loss = compile_loss(policy.denoiser, loss, policy.noise, place=self.place)
         self._update = make_update(
-            make_gradient(self.loss), self._optimizer, ema_decay=config.optim.ema_decay
+            make_gradient(self.loss),
+            self._optimizer,
+            ema_decay=config.optim.ema_decay,
+            place=self.place,
         )
         self._draw = make_rollout(config, policy)
         size = math.gcd(config.rollout.microbatch, images_learned_from(config.rollout, options))
@@ -132,7 +136,7 @@ class GRPOLearner(Learner):
             conditioning,
             on_chunk=on_chunk,
         )
-        batch = UpdateBatch(trajectory, conditioning, jnp.zeros(len(noise), jnp.float32))
+        batch = UpdateBatch(trajectory, conditioning, by_rows(jnp.zeros(len(noise), jnp.float32)))
         rollout = Rollout(trajectory.final, schedule, batch, self.plan(schedule, iteration))
         if self.config.grpo.kl_in == "reward":
             rollout = rollout._replace(kl=self._kl_of_images(state, rollout))
@@ -202,7 +206,7 @@ class GRPOLearner(Learner):
         batch: UpdateBatch = rollout.batch
         assert rollout.plan is not None
         arguments = state.train.params, self.policy.trained, self.policy.frozen, rollout.schedule
-        return jnp.concatenate(
+        return join_rows(
             [
                 self._image_kl(*arguments, batch.take(rows), rollout.plan.active)
                 for rows in chunks(len(batch.advantages), self.config.rollout.microbatch)
@@ -257,10 +261,12 @@ class NFTLearner(Learner):
             penalty=config.grpo.beta > 0,
             microbatch=config.grpo.microbatch,
         )
+        compiled = compile_nft(policy.denoiser, loss, alphas_cumprod(scheduler), place=self.place)
         self._update = make_update(
-            make_nft_gradient(compile_nft(policy.denoiser, loss, alphas_cumprod(scheduler))),
+            make_nft_gradient(compiled),
             self._optimizer,
             ema_decay=config.optim.ema_decay,
+            place=self.place,
         )
         self._draw = make_final_rollout(config, policy)
         self._follow = jax.jit(moved_average, donate_argnums=0)
@@ -285,7 +291,7 @@ class NFTLearner(Learner):
         schedule = self.schedule(iteration)
         arguments = state.old, self.policy.frozen, schedule, noise, keys, conditioning
         final = self._draw(*arguments, on_chunk=on_chunk)
-        zeros = jnp.zeros(len(noise), jnp.float32)
+        zeros = by_rows(jnp.zeros(len(noise), jnp.float32))
         return Rollout(final, schedule, NFTBatch(final, conditioning, zeros, None, None))
 
     def learn(

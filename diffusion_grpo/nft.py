@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from diffusion_grpo.mesh import Place, replicated, take_rows
 from diffusion_grpo.rollout import initial_noise
 from diffusion_grpo.schedule import PredictionType, add_noise, epsilon_x0
 from diffusion_grpo.update import Policy, divide
@@ -62,7 +63,7 @@ class NFTBatch(NamedTuple):
     def take(self, rows: Any) -> NFTBatch:
         """Return the batch of some images, given as a slice or as their places."""
         count = self.x0.shape[0]
-        return jax.tree.map(lambda x: x[rows] if x.shape[0] == count else x, self)
+        return jax.tree.map(lambda x: take_rows(x, rows) if x.shape[0] == count else x, self)
 
 
 def nft_losses(
@@ -121,7 +122,9 @@ class CompiledNFT(NamedTuple):
     accumulate: Any
 
 
-def compile_nft(policy: Policy, config: NFTConfig, alphas_cumprod: np.ndarray) -> CompiledNFT:
+def compile_nft(
+    policy: Policy, config: NFTConfig, alphas_cumprod: np.ndarray, *, place: Place = replicated
+) -> CompiledNFT:
     """Compile the program that differentiates one timestep of one microbatch.
 
     For ε-prediction the errors of x̂₀ are multiplied by √ᾱ_t, which makes them √(1−ᾱ_t) times those
@@ -133,6 +136,7 @@ def compile_nft(policy: Policy, config: NFTConfig, alphas_cumprod: np.ndarray) -
         policy: (trained, frozen parameters) → denoiser.
         config: see `NFTConfig`.
         alphas_cumprod: ᾱ of the training timesteps.
+        place: lays the gradient out over the devices, as the trained parameters are.
     """
     signals = jnp.asarray(np.sqrt(alphas_cumprod), jnp.float32)
     noises = jnp.asarray(np.sqrt(1 - alphas_cumprod), jnp.float32)
@@ -193,7 +197,7 @@ def compile_nft(policy: Policy, config: NFTConfig, alphas_cumprod: np.ndarray) -
             return loss, metrics
 
         new, metrics = jax.grad(loss_of, has_aux=True)(params)
-        return jax.tree.map(jnp.add, gradient, new), metrics
+        return place(jax.tree.map(jnp.add, gradient, new)), replicated(metrics)
 
     return CompiledNFT(config, accumulate)
 

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from diffusion_grpo.mesh import Place, replicated
 from diffusion_grpo.sections import OptimConfig
 
 
@@ -118,6 +119,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float | None = None,
+    place: Place = replicated,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compile one optimizer step on a gradient.
 
@@ -125,6 +127,7 @@ def make_update(
         gradient_of: (params, …) → (gradient, metrics).
         optimizer: Optax's transformation.
         ema_decay: d of the average d·average + (1−d)·params, taken after every step; None for none.
+        place: lays the state out over the devices.
 
     Returns:
         `update(state, …) -> (state, metrics)`; the state is donated, and the rest is handed to
@@ -147,7 +150,8 @@ def make_update(
         new = TrainState(params, opt_state, average, state.nonfinite)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         state = state._replace(nonfinite=in_a_row)
-        return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+        metrics = {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+        return place(state), replicated(metrics)
 
     def update(
         state: TrainState, *arguments: Any, **options: Any

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from diffusion_grpo.conditioning import Conditioning, encode_prompts, of_rows
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
+from diffusion_grpo.mesh import by_rows, gathered, shards
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
 from diffusion_grpo.samplers import Solver, make_solver, solve
@@ -64,7 +65,7 @@ class TrainablePolicy:
 
     def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
         """Return the guided denoiser with the given parameters."""
-        network = self._network(trained)
+        network, frozen = gathered(self._network(trained)), gathered(frozen)
 
         def apply(sample: Array, timesteps: Array, conditioning: Conditioning) -> Array:
             return nnx.merge(self._graphdef, network, frozen)(sample, timesteps, **conditioning)
@@ -115,7 +116,7 @@ def make_decoder(model: StableDiffusion) -> Callable[[Float[Array, "B h w c"]], 
     def decode(weights: Any, latents: Array) -> Array:
         images = nnx.merge(graphdef, weights).decode(latents.astype(jnp.float32) / scaling)
         levels = jnp.round((images.astype(jnp.float32) / 2 + 0.5).clip(0, 1) * 255)
-        return levels.astype(jnp.uint8)
+        return by_rows(levels.astype(jnp.uint8))
 
     return lambda latents: decode(weights, latents)
 
@@ -260,8 +261,8 @@ def make_sampler(policy: TrainablePolicy) -> Callable[..., Array]:
 def padded_chunks(count: int, size: int) -> list[np.ndarray]:
     """Return row numbers in chunks of one size, so that one program serves all.
 
-    The last chunk is padded with its last row.
+    The last chunk is padded with its last row; each divides over the devices.
     """
-    size = min(size, count)
+    size = -(-min(size, count) // shards()) * shards()
     rows = np.arange(-(-count // size) * size).clip(max=count - 1)
     return list(rows.reshape(-1, size))

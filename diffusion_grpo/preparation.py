@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_grpo.conditioning import of_rows
 from diffusion_grpo.config import Config, to_yaml
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
+from diffusion_grpo.mesh import by_rows, join_rows, take_rows
 from diffusion_grpo.pipeline import TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt
@@ -157,7 +157,7 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
     def chunk(
         trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
     ) -> Trajectory:
-        return sample(
+        drawn = sample(
             policy.denoiser(trained, frozen),
             policy.noise(trained, schedule),
             noise,
@@ -165,6 +165,9 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
             conditioning,
             reduction=reduction,
             storage_dtype=storage,
+        )
+        return drawn._replace(
+            latents=by_rows(drawn.latents, 1), log_probs=by_rows(drawn.log_probs, 1)
         )
 
     def draw(
@@ -179,14 +182,14 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
     ) -> Trajectory:
         parts = []
         for rows in chunks(len(noise), config.rollout.microbatch):
-            part = (noise[rows], keys[rows], of_rows(conditioning, rows))
+            part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
             parts.append(chunk(trained, frozen, schedule, *part))
             if on_chunk is not None:
                 on_chunk(parts[-1].final)
         return Trajectory(
-            jnp.concatenate([p.latents for p in parts], axis=1),
+            join_rows([p.latents for p in parts], 1),
             parts[0].timesteps,
-            jnp.concatenate([p.log_probs for p in parts], axis=1),
+            join_rows([p.log_probs for p in parts], 1),
         )
 
     return draw
@@ -208,11 +211,11 @@ def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[...,
     ) -> jax.Array:
         parts = []
         for rows in chunks(len(noise), config.rollout.microbatch):
-            part = (noise[rows], keys[rows], of_rows(conditioning, rows))
+            part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
             parts.append(draw(trained, frozen, schedule, *part))
             if on_chunk is not None:
                 on_chunk(parts[-1])
-        return jnp.concatenate(parts)
+        return join_rows(parts)
 
     return final
 
@@ -247,7 +250,7 @@ def make_policy_steps(
             chunk(trained, frozen, schedule, batch.take(rows), active)
             for rows in chunks(len(batch.advantages), size)
         ]
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
+        return jax.tree.map(lambda *leaves: join_rows(leaves, 1), *parts)
 
     return steps
 
@@ -255,6 +258,11 @@ def make_policy_steps(
 def chunks(count: int, size: int) -> list[slice]:
     """Return the rows of `count` images, `size` at a time."""
     return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _part(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
+    """Return the conditioning of some of the images, which are divided over the devices."""
+    return jax.tree.map(lambda x: take_rows(x, rows), conditioning[0]), conditioning[1]
 
 
 def decode_and_score(decode: Any, images: list[Any], scoring: Scoring, latents: jax.Array) -> None:

@@ -30,6 +30,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from diffusion_grpo.errors import RewardError, UsageError
 from diffusion_grpo.reward_failure import FailurePolicy
 from diffusion_grpo.reward_loading import (
@@ -254,6 +256,7 @@ class RewardSet:
         *,
         group_size: int | None = None,
         may_drop: bool = False,
+        order: np.ndarray | None = None,
     ) -> Scoring:
         """Prepare to score images as they come.
 
@@ -263,6 +266,7 @@ class RewardSet:
             group_size: G; None if the images have no groups.
             may_drop: whether groups may be left out where a reward's policy says so; otherwise
                 such a failure raises.
+            order: the places of the images in the order in which they will come.
 
         Returns:
             A context to `add` images to and take the `result` of.
@@ -286,6 +290,7 @@ class RewardSet:
             pessimism=self.pessimism,
             group_size=group_size,
             max_dropped=self.max_dropped,
+            order=order,
         )
 
     def __call__(

@@ -36,6 +36,7 @@ class Scoring:
         pessimism: float = 1.0,
         group_size: int | None = None,
         max_dropped: float = 0.0,
+        order: np.ndarray | None = None,
     ) -> None:
         """Prepare for `len(prompts)` images.
 
@@ -48,6 +49,8 @@ class Scoring:
             pessimism: as in `combine`.
             group_size: G; None if the images have no groups: then none can be dropped.
             max_dropped: the largest share of groups that may be dropped.
+            order: `[B]`, the places of the images in the order in which they will come; None for
+                that of the prompts. In another order, rewards of a group wait for all images.
 
         Raises:
             ValueError: the counts differ, or B is no multiple of G.
@@ -67,13 +70,17 @@ class Scoring:
                     f"{'images have no groups here' if group_size is None else 'a group has 1'}; "
                     "expected groups of 2 or more"
                 )
-        self._runs, self._prompts, self._metadata = list(runs), list(prompts), list(metadata)
+        self._order = np.arange(count) if order is None else np.asarray(order)
+        self._in_order = bool((self._order == np.arange(count)).all())
+        self._runs = list(runs)
+        self._prompts = [prompts[place] for place in self._order]
+        self._metadata = [metadata[place] for place in self._order]
         self._combine = (dict(weights), combination, pessimism)
         self._group_size, self._max_dropped = group_size, max_dropped
         self._parts: list[_Part] = []
         self._seen = 0
         self._workers = {
-            run.reward.name: _Worker(run) for run in self._runs if not run.reward.on_device
+            run.reward.name: _Worker(run) for run in self._runs if not self._waits(run)
         }
 
     def __enter__(self) -> Scoring:
@@ -110,7 +117,7 @@ class Scoring:
         self._parts.append(part)
         before, self._seen = self._seen, self._seen + len(part)
         for run in self._runs:
-            if run.reward.on_device:
+            if self._waits(run):
                 continue
             worker = self._workers[run.reward.name]
             worker.raise_failure()
@@ -132,13 +139,16 @@ class Scoring:
                 f"{self._seen} images and {count} prompts: expected the same number of each"
             )
         found: dict[str, list[np.ndarray]] = {}
+        places = np.argsort(self._order)
         for run in self._runs:
-            if run.reward.on_device:
-                found[run.reward.name] = [run(self._batch(0, count))] if count else []
+            if self._waits(run):
+                found[run.reward.name] = self._late(run, places) if count else []
         for name, worker in self._workers.items():
             found[name] = worker.results()
         scores = {
-            run.reward.name: np.concatenate(found[run.reward.name] or [np.zeros(0, np.float32)])
+            run.reward.name: np.concatenate(found[run.reward.name] or [np.zeros(0, np.float32)])[
+                places
+            ]
             for run in self._runs
         }
         weights, combination, pessimism = self._combine
@@ -154,8 +164,25 @@ class Scoring:
             tuple(note for run in self._runs for note in run.notes),
         )
 
+    def _waits(self, run: RewardRun) -> bool:
+        """Whether a reward runs once all images are there."""
+        return run.reward.on_device or (run.reward.of_group and not self._in_order)
+
+    def _late(self, run: RewardRun, places: np.ndarray) -> list[np.ndarray]:
+        """Run a reward on all images; returns the scores in the order in which they came."""
+        count, starts = len(places), np.cumsum([0, *map(len, self._parts)])
+        if self._in_order:
+            return [run(self._batch(0, count))]
+        if run.reward.of_group:  # groups lie side by side in the order of the prompts
+            whole = self._batch(0, count, on_host=not run.reward.on_device)
+            return [run(whole.take(places.tolist()))[self._order]]
+        # A part lies on the devices as it was drawn: joined with others it would be moved.
+        return [
+            run(self._batch(int(a), int(b))) for a, b in zip(starts[:-1], starts[1:], strict=True)
+        ]
+
     def _batch(self, start: int, stop: int, *, on_host: bool = False) -> Batch:
-        """Return images `start` to `stop`."""
+        """Return the images that came as `start` to `stop`."""
         pixels, first = [], 0
         for part in self._parts:
             rows = slice(max(start - first, 0), max(min(stop - first, len(part)), 0))
@@ -168,8 +195,8 @@ class Scoring:
             _concatenate(pixels),
             self._prompts[start:stop],
             self._metadata[start:stop],
-            range(start, stop),
-            None if size is None else [i // size for i in range(start, stop)],
+            self._order[start:stop].tolist(),
+            None if size is None else (self._order[start:stop] // size).tolist(),
         )
 
     def _kept(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:

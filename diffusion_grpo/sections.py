@@ -388,6 +388,23 @@ class EvalConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig(Section):
+    """How a run is laid out over its devices; images are divided over both axes."""
+
+    section_name: ClassVar[str] = "mesh"
+
+    data: int | None = None
+    """Devices along the axis that only images are divided over; None takes all that fsdp leaves."""
+    fsdp: int = 1
+    """Devices that parameters and optimizer state are divided over, for less memory of each."""
+
+    def __post_init__(self) -> None:
+        """Reject values that no mesh can have."""
+        super().__post_init__()
+        self.require_positive("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig(Section):
     """How long, from which seed, and where to."""
 

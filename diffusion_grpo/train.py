@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion_grpo.checkpoint import Checkpoints
-from diffusion_grpo.conditioning import encode_prompts, of_rows
+from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config
 from diffusion_grpo.errors import RunError
 from diffusion_grpo.evaluate import Evaluation, Evaluator
@@ -30,6 +29,17 @@ from diffusion_grpo.images import image_grid, save_image
 from diffusion_grpo.interrupt import StopRequest
 from diffusion_grpo.learner import LearnerState, image_advantages, penalized
 from diffusion_grpo.learning import make_learner
+from diffusion_grpo.mesh import (
+    by_rows,
+    divided,
+    join_rows,
+    make_mesh,
+    place_module,
+    placement,
+    replicated,
+    shard_order,
+    use,
+)
 from diffusion_grpo.metrics import MetricsLog, Progress
 from diffusion_grpo.pipeline import latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
@@ -93,8 +103,14 @@ def train(
         RunError: the disk, the device's memory or numbers that are not finite stopped it.
         Preempted: SIGTERM did, and everything is saved.
     """
-    # What can be wrong is found first, cheapest first.
     config.validate()
+    with use(make_mesh(config)):
+        return _train(config, resume=resume, quiet=quiet, verbose=verbose)
+
+
+def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Result:
+    """Do what `train` says, on the devices of the context."""
+    # What can be wrong is found first, cheapest first.
     sources = config.prompts
     prompts, heldout = load_heldout(sources.train, sources.heldout, sources.heldout_share)
     gold_specs = config.gold_rewards()
@@ -110,6 +126,8 @@ def train(
     check_trackers(config)
     with phase("loading the model"):
         model = load_model(config, source)
+        for network in (model.text_encoder, model.vae):
+            place_module(network, replicated)
 
     # The policy, its algorithm, and the compiled pieces of an iteration.
     options, rollout, seed = config.grpo, config.rollout, config.run.seed
@@ -120,6 +138,8 @@ def train(
         noise_steps=rollout.num_steps if options.learn_noise_scale else None,
         seed=seed,
     )
+    policy.trained = placement(full=config.model.trainable == "full")(policy.trained)
+    policy.frozen = divided(policy.frozen)
     shape = latent_shape(model, rollout.height, rollout.width)
     learner = make_learner(config, policy, model.scheduler_config, shape)
     decode = make_decoder(model)
@@ -180,18 +200,21 @@ def train(
                     shape=shape,
                     clip_skip=config.model.clip_skip,
                 )
-            conditioning = of_rows(encoded_prompts, np.array([rows[i] for i in index]))
+            conditioning = by_rows_of(encoded_prompts, np.array([rows[i] for i in index]))
 
             # rollout, decode, reward: host rewards score a chunk while the next one is drawn
             first = np.zeros_like(group) if rollout.same_initial_noise else group
-            start_keys = image_keys(seed, iteration, index, first, "initial_noise")
-            step_keys = image_keys(seed, iteration, index, group, "step_noise")
+            start_keys = by_rows(image_keys(seed, iteration, index, first, "initial_noise"))
+            step_keys = by_rows(image_keys(seed, iteration, index, group, "step_noise"))
             noise = initial_noise(start_keys, shape)
             group_size = rollout.images_per_prompt
+            order = shard_order(len(group), rollout.microbatch)
             with (
                 checkpoints.kept(iteration, leaves(state), resume=again),
                 phase("sampling"),
-                rewards.start(texts, metadata, group_size=group_size, may_drop=True) as scoring,
+                rewards.start(
+                    texts, metadata, group_size=group_size, may_drop=True, order=order
+                ) as scoring,
             ):
                 chunks: list[jax.Array] = []
                 drawn = learner.sample(
@@ -202,7 +225,7 @@ def train(
                     conditioning,
                     on_chunk=partial(decode_and_score, decode, chunks, scoring),
                 )
-                images = jnp.concatenate(chunks)
+                images = join_rows(chunks)
                 images.block_until_ready()
                 sampled = time.perf_counter()
                 result = scoring.result()
@@ -223,7 +246,7 @@ def train(
             scored = time.perf_counter()
 
             # update
-            loss_keys = image_keys(seed, iteration, index, group, "loss")
+            loss_keys = by_rows(image_keys(seed, iteration, index, group, "loss"))
             with phase("the update"):
                 if iteration == start and (drift := learner.probe(state, drawn)):
                     progress.message(drift)

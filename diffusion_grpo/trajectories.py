@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from diffusion_grpo.gaussian import Reduction, gaussian_kl, gaussian_log_prob
 from diffusion_grpo.grpo import kl_estimate
+from diffusion_grpo.mesh import take_rows
 from diffusion_grpo.rollout import Denoiser, Trajectory, denoising_step
 from diffusion_grpo.schedule import Schedule, flow_step_sizes
 
@@ -53,13 +54,13 @@ class UpdateBatch(NamedTuple):
         latents, timesteps, log_probs = self.trajectory
         count = latents.shape[1]
         conditioning = jax.tree.map(
-            lambda x: x[rows] if x.shape[0] == count else x, self.conditioning
+            lambda x: take_rows(x, rows) if x.shape[0] == count else x, self.conditioning
         )
-        of_steps = partial(jax.tree.map, lambda x: x[:, rows])
+        of_steps = partial(jax.tree.map, lambda x: take_rows(x, rows, 1))
         return UpdateBatch(
-            Trajectory(latents[:, rows], timesteps, log_probs[:, rows]),
+            Trajectory(of_steps(latents), timesteps, of_steps(log_probs)),
             conditioning,
-            self.advantages[rows],
+            take_rows(self.advantages, rows),
             of_steps(self.reference),
             of_steps(self.old),
         )

@@ -25,6 +25,7 @@ from diffusion_grpo.grpo import (
     kl_estimate,
     masked_surrogate,
 )
+from diffusion_grpo.mesh import Place, by_rows, replicated
 from diffusion_grpo.rollout import Denoiser, denoising_step
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.steps import Ratio, StepPlan
@@ -123,7 +124,13 @@ def _fixed_noise(params: Any, schedule: Schedule) -> Schedule:
     return schedule
 
 
-def compile_loss(policy: Policy, config: LossConfig, noise: Noise = _fixed_noise) -> CompiledLoss:
+def compile_loss(
+    policy: Policy,
+    config: LossConfig,
+    noise: Noise = _fixed_noise,
+    *,
+    place: Place = replicated,
+) -> CompiledLoss:
     """Compile the two programs that the gradient is made of.
 
     `terms` sums a microbatch's log-ratios over the steps (by a forward sweep, or without one on the
@@ -134,6 +141,7 @@ def compile_loss(policy: Policy, config: LossConfig, noise: Noise = _fixed_noise
         policy: (trained, frozen parameters) → denoiser.
         config: see `LossConfig`.
         noise: (trained parameters, schedule) → schedule, for a learned noise scale.
+        place: lays the gradient out over the devices, as the trained parameters are.
     """
 
     def log_prob(
@@ -196,7 +204,7 @@ def compile_loss(policy: Policy, config: LossConfig, noise: Noise = _fixed_noise
             )
             kl_pull = beta * kl_pull
             metrics = metrics | {"kl": kl}
-        return Pulls(pull, kl_pull, weighted), metrics
+        return by_rows(Pulls(pull, kl_pull, weighted)), replicated(metrics)
 
     def to_means(mean: Array, std: Array, schedule: Schedule, mb: UpdateBatch, i: Array) -> Array:
         """KL of one step to the reference, by the means; `[b]`."""
@@ -272,7 +280,7 @@ def compile_loss(policy: Policy, config: LossConfig, noise: Noise = _fixed_noise
             return loss, (metrics, log_p - mb.trajectory.log_probs[i])
 
         new, (metrics, change) = jax.grad(step_loss, has_aux=True)(params)
-        return jax.tree.map(jnp.add, gradient, new), metrics, change
+        return place(jax.tree.map(jnp.add, gradient, new)), replicated(metrics), change
 
     @jax.jit
     def entropy(params: Any, schedule: Schedule, mb: UpdateBatch, active: Array) -> Array:

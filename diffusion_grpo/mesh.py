@@ -1,0 +1,222 @@
+"""Devices: a mesh of `data` by `fsdp`, and what is laid out over it how.
+
+Images are divided over both axes, whole groups to a shard; parameters are replicated, or divided
+over `fsdp` along their largest axis that it divides, optimizer state with them. `use` makes a mesh
+the context's; everything else here reads it from there, and does nothing without one, or on a
+single device. Communication is left to GSPMD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from diffusion_grpo.config import Config
+from diffusion_grpo.consistency import images_learned_from
+from diffusion_grpo.errors import UsageError
+
+AXES = ("data", "fsdp")
+Place = Callable[[Any], Any]
+
+
+def make_mesh(config: Config) -> Mesh:
+    """Return the mesh of a run over the devices of all its processes.
+
+    Raises:
+        UsageError: the axes do not fit the devices, or the images do not divide over them.
+    """
+    options, devices = config.mesh, jax.devices()
+    data = len(devices) // options.fsdp if options.data is None else options.data
+    size = data * options.fsdp
+    have = f"there {'is 1 device' if len(devices) == 1 else f'are {len(devices)} devices'}"
+    if not size or size > len(devices):
+        raise UsageError(
+            f"mesh.data {options.data} x mesh.fsdp {options.fsdp} asks for "
+            f"{max(size, options.fsdp)} devices, but {have}; expected a product of at most "
+            f"{len(devices)}"
+        )
+    if jax.process_count() > 1 and size != len(devices):
+        raise UsageError(
+            f"mesh.data {data} x mesh.fsdp {options.fsdp} are {size} devices, but {have} in "
+            f"{jax.process_count()} processes; expected all of them"
+        )
+    _check_divides(config, size)
+    return Mesh(
+        np.asarray(devices[:size]).reshape(data, options.fsdp),
+        AXES,
+        axis_types=(AxisType.Auto,) * 2,
+    )
+
+
+def _check_divides(config: Config, size: int) -> None:
+    """Raise a `UsageError` unless every shard gets whole groups and equal parts."""
+    rollout = config.rollout
+    numbers = {
+        "rollout.prompts_per_iteration": rollout.prompts_per_iteration,
+        "rollout.microbatch": rollout.microbatch,
+        "grpo.microbatch": config.grpo.microbatch,
+        "the number of images learned from": images_learned_from(rollout, config.grpo),
+    }
+    for name, value in numbers.items():
+        if value % size:
+            raise UsageError(
+                f"{name} is {value}, which does not divide over {size} devices; expected a "
+                f"multiple of {size}, so that each has whole groups and as many images, or fewer "
+                f"devices: --mesh.data {math.gcd(*numbers.values())} --mesh.fsdp 1"
+            )
+
+
+def use(mesh: Mesh) -> AbstractContextManager[Any]:
+    """Return a context in which computations run on a mesh."""
+    return jax.set_mesh(mesh)
+
+
+def shards() -> int:
+    """Return over how many devices images are divided: 1 outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXES)
+
+
+def _fsdp() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["fsdp"]
+
+
+def parameter_spec(shape: tuple[int, ...], size: int) -> PartitionSpec:
+    """Return how a parameter is divided over `fsdp` of `size` devices.
+
+    Along its largest axis that `size` divides, the last of several as large; one without such an
+    axis is replicated.
+    """
+    axes = [axis for axis, length in enumerate(shape) if length and length % size == 0]
+    if size == 1 or not axes:
+        return PartitionSpec()
+    largest = max(axes, key=lambda axis: (shape[axis], axis))
+    return PartitionSpec(*(("fsdp" if axis == largest else None) for axis in range(largest + 1)))
+
+
+def divided(tree: Any) -> Any:
+    """Lay parameters, or optimizer state of the same shapes, out by `parameter_spec`."""
+    if (size := _fsdp()) == 1:
+        return replicated(tree)
+    return jax.tree.map(lambda x: _constrain(x, parameter_spec(x.shape, size)), tree)
+
+
+def replicated(tree: Any) -> Any:
+    """Give every device the whole of each array."""
+    if shards() == 1:
+        return tree
+    return jax.tree.map(lambda x: _constrain(x, PartitionSpec()), tree)
+
+
+def gathered(tree: Any) -> Any:
+    """Gather divided parameters where a network uses them, so that no activation is moved."""
+    return tree if _fsdp() == 1 else replicated(tree)
+
+
+def by_rows(tree: Any, axis: int = 0) -> Any:
+    """Divide arrays over all devices along an axis of images."""
+    if shards() == 1:
+        return tree
+    spec = PartitionSpec(*(None,) * axis, AXES)
+    return jax.tree.map(lambda x: _constrain(x, spec), tree)
+
+
+def _constrain(x: Any, spec: PartitionSpec) -> Any:
+    """Constrain a traced array; lay out a concrete one, by a compiled copy."""
+    if isinstance(x, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(x, spec)
+    return _laid_out(spec)(x)
+
+
+_PROGRAMS: dict[PartitionSpec, Any] = {}
+
+
+def _laid_out(spec: PartitionSpec) -> Any:
+    if spec not in _PROGRAMS:
+        _PROGRAMS[spec] = jax.jit(lambda x: jax.lax.with_sharding_constraint(x, spec))
+    return _PROGRAMS[spec]
+
+
+def place_module(module: nnx.Module, place: Place) -> None:
+    """Lay a network's parameters out, in place."""
+    if shards() > 1:
+        nnx.update(module, place(nnx.state(module)))
+
+
+def placement(*, full: bool) -> Place:
+    """Return how trained parameters are laid out: all of a network, or the small ones of LoRA."""
+    return divided if full else replicated
+
+
+def take_rows(x: Any, rows: Any, axis: int = 0) -> Any:
+    """Return some images of an array whose images are divided over the devices.
+
+    No image leaves its device: a slice of m images takes m/n of each of the n shards, and places
+    `[m]` have to name as many of each.
+
+    Args:
+        x: images along `axis`.
+        rows: a slice or places.
+        axis: of the images.
+    """
+    count = shards()
+    if count == 1:
+        return x[(slice(None),) * axis + (rows,)]
+    if isinstance(rows, slice):
+        return _slice_rows(x, rows.start // count, (rows.stop - rows.start) // count, axis, count)
+    places = np.asarray(rows).reshape(count, -1)
+    places = places - np.arange(count)[:, None] * (x.shape[axis] // count)
+    return _pick_rows(x, jnp.asarray(places), axis, count)
+
+
+def shard_order(count: int, size: int) -> np.ndarray:
+    """Return the places of the images in the order in which slices of `size` take them."""
+    number = shards()
+    each = np.arange(count).reshape(number, -1, size // number)
+    return each.swapaxes(0, 1).reshape(-1)
+
+
+def join_rows(parts: Sequence[Any], axis: int = 0) -> Any:
+    """Put slices of `take_rows` back together; each image stays on its device."""
+    return _join_rows(list(parts), axis, shards())
+
+
+@partial(jax.jit, static_argnames=("each", "axis", "count"))
+def _slice_rows(x: Any, start: Any, each: int, axis: int, count: int) -> Any:
+    split = _split(x, axis, count)
+    part = jax.lax.dynamic_slice_in_dim(split, start, each, axis + 1)
+    return _merge(part, axis)
+
+
+@partial(jax.jit, static_argnames=("axis", "count"))
+def _pick_rows(x: Any, places: Any, axis: int, count: int) -> Any:
+    split = jnp.moveaxis(_split(x, axis, count), axis, 0)
+    picked = jax.vmap(lambda part, rows: jnp.take(part, rows, axis=axis))(split, by_rows(places))
+    return _merge(jnp.moveaxis(picked, 0, axis), axis)
+
+
+@partial(jax.jit, static_argnames=("axis", "count"))
+def _join_rows(parts: list[Any], axis: int, count: int) -> Any:
+    joined = jnp.concatenate([_split(part, axis, count) for part in parts], axis=axis + 1)
+    return _merge(joined, axis)
+
+
+def _split(x: Any, axis: int, count: int) -> Any:
+    shape = x.shape
+    return by_rows(x.reshape(*shape[:axis], count, shape[axis] // count, *shape[axis + 1 :]), axis)
+
+
+def _merge(x: Any, axis: int) -> Any:
+    shape = x.shape
+    merged = x.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+    return by_rows(merged, axis)

@@ -1,0 +1,150 @@
+"""The same run on 1, 2 and 8 devices, and what it sends between them.
+
+The devices are virtual ones of the CPU; mesh, partitioner and collectives are the real ones.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny_run import config, lasting
+from torch_checkpoints import write_pipeline
+
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.mesh import make_mesh, parameter_spec, shard_order, take_rows
+
+# Relative, and absolute beside it for metrics near 0: sums of float32 in another order.
+TOLERANCE = {"rtol": 1e-3, "atol": 2e-6}
+SMALL = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+RUN = {
+    "rollout__prompts_per_iteration": 8,
+    "rollout__images_per_prompt": 2,
+    "rollout__microbatch": 8,
+    "grpo__beta": 0.1,
+    "grpo__updates_per_rollout": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("mesh") / "pipeline", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory):
+    """Train on a number of virtual devices; returns the folder."""
+    done: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+    def run(devices: int, *changed: str) -> Path:
+        if (devices, changed) not in done:
+            folder = tmp_path_factory.mktemp("run")
+            words = [f"{name}={value}" for name, value in RUN.items()]
+            flag = f"--xla_force_host_platform_device_count={devices}"
+            subprocess.run(
+                [sys.executable, "tests/mesh_run.py", str(checkpoint), str(folder)]
+                + [*words, *changed],
+                check=True,
+                capture_output=True,
+                env=os.environ | {"XLA_FLAGS": flag},
+                cwd=Path(__file__).parents[1],
+            )
+            done[devices, changed] = folder
+        return done[devices, changed]
+
+    return run
+
+
+def assert_same_metrics(one: Path, other: Path) -> None:
+    rows = list(zip(lasting(one / "run"), lasting(other / "run"), strict=True))
+    assert len(rows) == 2
+    for first, second in rows:
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert second[name] == pytest.approx(
+                value, rel=TOLERANCE["rtol"], abs=TOLERANCE["atol"]
+            ), name
+
+
+def test_an_adapter_trains_alike_on_1_and_8_devices(trained):
+    assert_same_metrics(trained(1), trained(8))
+
+
+def test_a_run_of_8_devices_goes_on_alike_on_one(trained, checkpoint):
+    # 2 x 4 devices divide the frozen network; the checkpoint of the first iteration goes on on one.
+    from shutil import rmtree
+
+    folder = trained(8)
+    run = folder / "run"
+    undisturbed = lasting(run)
+    rmtree(run / "checkpoints" / "2")
+    from diffusion_grpo.cli import main
+
+    assert main(["train", "--resume", str(run), "--quiet"]) == 0
+    for first, second in zip(undisturbed, lasting(run), strict=True):
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, rel=1e-3, abs=2e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (2, 2), (8, 4)])
+def test_a_whole_network_trains_alike_replicated_and_divided(trained, devices, fsdp):
+    full = "model__trainable=full"
+    assert_same_metrics(trained(1, full), trained(devices, full, f"mesh__fsdp={fsdp}"))
+
+
+def test_an_adapters_update_sends_its_gradient_and_no_image(trained):
+    found = json.loads((trained(8) / "communication.json").read_text())
+    gradient = found["gradient_bytes"]
+    kinds = {kind for kind, _, _ in found["accumulate"]}
+    assert kinds == {"all-reduce"}
+    sent = sum(size for _, _, size in found["accumulate"])
+    scalars = 64 * 4
+    assert gradient <= sent <= 1.05 * gradient + scalars
+    # Nothing else moves an image or a latent: only sums over all images leave a device.
+    for name in ("terms", "slice", "join"):
+        assert all(kind == "all-reduce" and size <= scalars for kind, _, size in found[name]), name
+
+
+def test_parameters_are_divided_along_their_largest_axis():
+    assert parameter_spec((3, 3, 320, 640), 4) == P(None, None, None, "fsdp")
+    assert parameter_spec((3, 3, 640, 320), 4) == P(None, None, "fsdp")
+    assert parameter_spec((6, 5), 4) == P() and parameter_spec((), 4) == P()
+    assert parameter_spec((8, 8), 4) == P(None, "fsdp") and parameter_spec((8, 10), 4) == P("fsdp")
+    assert parameter_spec((8, 8), 1) == P()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mesh__data": 2}, "mesh.data 2 x mesh.fsdp 1 asks for 2 devices, but there is 1 device"),
+        ({"mesh__fsdp": 4}, "asks for 4 devices, but there is 1 device"),
+        ({"mesh__fsdp": 0}, "mesh.fsdp is 0; expected 1 or more"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path, changed, message):
+    with pytest.raises(UsageError, match=message):
+        make_mesh(config(tmp_path, tmp_path, **changed))
+
+
+def test_images_that_do_not_divide_over_the_devices_are_refused(tmp_path):
+    from diffusion_grpo.mesh import _check_divides
+
+    options = config(tmp_path, tmp_path, rollout__prompts_per_iteration=2)
+    with pytest.raises(UsageError, match=r"prompts_per_iteration is 2.* over 8 .*--mesh.data 2"):
+        _check_divides(options, 8)
+    _check_divides(options, 2)
+
+
+def test_without_a_mesh_rows_are_rows():
+    x = jax.numpy.arange(12).reshape(6, 2)
+    assert (take_rows(x, slice(2, 4)) == x[2:4]).all()
+    assert shard_order(6, 2).tolist() == list(range(6))
