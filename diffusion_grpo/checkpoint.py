@@ -65,7 +65,9 @@ class Checkpoints:
 
         def start() -> Any:
             return ocp.training.Checkpointer(
-                str(self._directory), preservation_policy=policy, cleanup_tmp_directories=True
+                str(self._directory),
+                preservation_policy=policy,  # pyright: ignore[reportArgumentType]
+                cleanup_tmp_directories=True,
             )
 
         self._open: Callable[[], Any] = start

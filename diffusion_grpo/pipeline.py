@@ -190,7 +190,10 @@ def generate(
     policy = TrainablePolicy(model.unet, guidance_scale)
     solver = make_solver(model.scheduler_config, sampler, num_steps, eta=eta)
     count = len(prompts)
-    shape = latent_shape(model, height, width) if latents is None else latents.shape[1:]
+    if latents is None:
+        shape = latent_shape(model, height, width)
+    else:
+        shape = (latents.shape[1], latents.shape[2], latents.shape[3])
     conditioning = encode_prompts(
         model, prompts, negative_prompt=negative_prompt, shape=shape, clip_skip=clip_skip
     )
