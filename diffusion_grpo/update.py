@@ -25,7 +25,16 @@ from diffusion_grpo.grpo import (
     kl_estimate,
     masked_surrogate,
 )
-from diffusion_grpo.mesh import Place, by_rows, replicated
+from diffusion_grpo.mesh import (
+    AXES,
+    Place,
+    by_rows,
+    partial_sums,
+    replicated,
+    shards,
+    split_rows,
+    total_of,
+)
 from diffusion_grpo.rollout import Denoiser, denoising_step
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.steps import Ratio, StepPlan
@@ -117,6 +126,20 @@ class CompiledLoss(NamedTuple):
     terms: Any
     accumulate: Any
     entropy: Any
+    place: Place = replicated
+
+    @property
+    def local(self) -> bool:
+        """Whether each device sums the gradient of its own images, until it is complete."""
+        return self.place is replicated and shards() > 1
+
+    def zeros(self, params: Any) -> Any:
+        """Return the gradient that `accumulate` adds the first step to."""
+        return partial_sums(params) if self.local else jax.tree.map(jnp.zeros_like, params)
+
+    def mean(self, gradient: Any, count: int) -> Any:
+        """Return the gradient that was accumulated, for a mean over images; donated."""
+        return divide(total_of(gradient) if self.local else gradient, jnp.float32(count))
 
 
 def _fixed_noise(params: Any, schedule: Schedule) -> Schedule:
@@ -257,7 +280,9 @@ def compile_loss(
     ) -> tuple[Any, dict[str, Array], Array]:
         """Add one step's gradient; returns its metrics and log π_θ − log π_old `[b]` too."""
 
-        def step_loss(params: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
+        def step_loss(
+            params: Any, mb: UpdateBatch, pulls: Pulls
+        ) -> tuple[Array, tuple[dict[str, Array], Array]]:
             log_p, mean, std = log_prob(params, frozen, schedule, mb, i)
             metrics = {}
             if config.ratio == "trajectory":
@@ -279,7 +304,11 @@ def compile_loss(
                 loss = loss - shares.total * count * config.entropy_coeff * entropy
             return loss, (metrics, log_p - mb.trajectory.log_probs[i])
 
-        new, (metrics, change) = jax.grad(step_loss, has_aux=True)(params)
+        if place is replicated and shards() > 1:
+            return of_shards(step_loss, gradient, params, mb, pulls)
+        new, (metrics, change) = jax.grad(partial(step_loss, mb=mb, pulls=pulls), has_aux=True)(
+            params
+        )
         return place(jax.tree.map(jnp.add, gradient, new)), replicated(metrics), change
 
     @jax.jit
@@ -287,7 +316,24 @@ def compile_loss(
         std = noise(params, schedule).std[active]
         return gaussian_entropy(std, _size(mb), reduction=config.reduction).sum()
 
-    return CompiledLoss(config, terms, accumulate, entropy)
+    return CompiledLoss(config, terms, accumulate, entropy, place)
+
+
+def of_shards(
+    step_loss: Any, gradient: Any, params: Any, mb: UpdateBatch, pulls: Pulls
+) -> tuple[Any, dict[str, Array], Array]:
+    """Add to each shard's gradient `[n, ...]` that of its own images, and sum up the metrics.
+
+    Left to itself, every step of every microbatch would sum the gradient over the devices.
+    """
+    axes = mb.axes()
+    new, (metrics, change) = jax.vmap(
+        jax.grad(step_loss, has_aux=True), in_axes=(None, axes, 0), spmd_axis_name=AXES
+    )(params, split_rows(mb, axes), split_rows(pulls, Pulls(0, 0, 0)))
+    reduce = {"ratio/min": jnp.min, "ratio/max": jnp.max}
+    metrics = {name: reduce.get(name, jnp.sum)(each) for name, each in metrics.items()}
+    gradient = by_rows(jax.tree.map(jnp.add, gradient, new))
+    return gradient, replicated(metrics), by_rows(change.reshape(-1))
 
 
 def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Array]]]:
@@ -325,7 +371,7 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
     ) -> tuple[Any, dict[str, Array]]:
         count, number = len(batch.advantages), len(plan.steps)
         shares = Shares(jnp.float32(len(plan.active) / number), jnp.float32(1 / number))
-        total = jax.tree.map(jnp.zeros_like, params)
+        total = loss.zeros(params)
         history: list[dict[str, Array]] = []
         for start in range(0, count, config.microbatch):
             mb = batch.take(slice(start, start + config.microbatch))
@@ -342,7 +388,7 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
         metrics["loss"] = metrics["policy_loss"] - config.entropy_coeff * metrics["entropy"]
         if config.kl is not None:
             metrics["loss"] = metrics["loss"] + beta * metrics["kl"]
-        return divide(total, jnp.float32(count)), metrics
+        return loss.mean(total, count), metrics
 
     return gradient
 
