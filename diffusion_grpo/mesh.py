@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from diffusion_grpo.config import Config
@@ -134,7 +135,7 @@ def by_rows(tree: Any, axis: int = 0) -> Any:
 
 def _constrain(x: Any, spec: PartitionSpec) -> Any:
     """Constrain a traced array; lay out a concrete one, by a compiled copy."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return jax.lax.with_sharding_constraint(x, spec)
     return _laid_out(spec)(x)
 

@@ -73,8 +73,8 @@ class Scoring:
         self._order = np.arange(count) if order is None else np.asarray(order)
         self._in_order = bool((self._order == np.arange(count)).all())
         self._runs = list(runs)
-        self._prompts = [prompts[place] for place in self._order]
-        self._metadata = [metadata[place] for place in self._order]
+        self._prompts = [prompts[place] for place in self._order.tolist()]
+        self._metadata = [metadata[place] for place in self._order.tolist()]
         self._combine = (dict(weights), combination, pessimism)
         self._group_size, self._max_dropped = group_size, max_dropped
         self._parts: list[_Part] = []

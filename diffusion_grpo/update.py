@@ -18,6 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from diffusion_grpo.accumulation import (
+    EXTREMES,
+    divide,
+    of_shards,
+    ratio_metrics,
+    reduce_metrics,
+)
 from diffusion_grpo.gaussian import Reduction, gaussian_entropy, gaussian_kl, gaussian_log_prob
 from diffusion_grpo.grpo import (
     clipped_surrogate,
@@ -26,13 +33,11 @@ from diffusion_grpo.grpo import (
     masked_surrogate,
 )
 from diffusion_grpo.mesh import (
-    AXES,
     Place,
     by_rows,
     partial_sums,
     replicated,
     shards,
-    split_rows,
     total_of,
 )
 from diffusion_grpo.rollout import Denoiser, denoising_step
@@ -219,7 +224,7 @@ def compile_loss(
             (loss, clipped), pull = jax.value_and_grad(surrogate, has_aux=True)(
                 log_ratio, mb.advantages, plan
             )
-            metrics = _ratio_metrics(log_ratio, clipped, weighted) | {"policy_loss": loss}
+            metrics = ratio_metrics(log_ratio, clipped, weighted) | {"policy_loss": loss}
         if config.kl in ESTIMATORS:
             kind: Any = config.kl
             kl, kl_pull = jax.value_and_grad(lambda delta: kl_estimate(delta, kind).sum())(
@@ -263,7 +268,7 @@ def compile_loss(
         else:
             loss, clipped = surrogate(log_ratio, advantages, plan)
         loss = plan.weights[i] * loss
-        return loss, _ratio_metrics(log_ratio, clipped, from_old) | {"policy_loss": loss}
+        return loss, ratio_metrics(log_ratio, clipped, from_old) | {"policy_loss": loss}
 
     @partial(jax.jit, donate_argnums=0)
     def accumulate(
@@ -319,23 +324,6 @@ def compile_loss(
     return CompiledLoss(config, terms, accumulate, entropy, place)
 
 
-def of_shards(
-    step_loss: Any, gradient: Any, params: Any, mb: UpdateBatch, pulls: Pulls
-) -> tuple[Any, dict[str, Array], Array]:
-    """Add to each shard's gradient `[n, ...]` that of its own images, and sum up the metrics.
-
-    Left to itself, every step of every microbatch would sum the gradient over the devices.
-    """
-    axes = mb.axes()
-    new, (metrics, change) = jax.vmap(
-        jax.grad(step_loss, has_aux=True), in_axes=(None, axes, 0), spmd_axis_name=AXES
-    )(params, split_rows(mb, axes), split_rows(pulls, Pulls(0, 0, 0)))
-    reduce = {"ratio/min": jnp.min, "ratio/max": jnp.max}
-    metrics = {name: reduce.get(name, jnp.sum)(each) for name, each in metrics.items()}
-    gradient = by_rows(jax.tree.map(jnp.add, gradient, new))
-    return gradient, replicated(metrics), by_rows(change.reshape(-1))
-
-
 def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Array]]]:
     """Return the gradient of the GRPO loss, accumulated over microbatches and steps.
 
@@ -383,7 +371,7 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
             for k in range(number):
                 total, metrics, _ = loss.accumulate(total, *common, plan.steps[k], pulls, shares)
                 history.append(metrics)
-        metrics = _reduce(history, count)
+        metrics = reduce_metrics(history, count)
         metrics["entropy"] = loss.entropy(params, schedule, batch, plan.active)
         metrics["loss"] = metrics["policy_loss"] - config.entropy_coeff * metrics["entropy"]
         if config.kl is not None:
@@ -393,44 +381,5 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
     return gradient
 
 
-EXTREMES = ("ratio/min", "ratio/max")
-
-
 def _size(batch: UpdateBatch) -> int:
     return math.prod(batch.trajectory.latents.shape[2:])
-
-
-@partial(jax.jit, donate_argnums=0)
-def divide(tree: Any, count: Array) -> Any:
-    """Divide every leaf, in place."""
-    return jax.tree.map(lambda x: x / count, tree)
-
-
-def _reduce(history: list[dict[str, Array]], count: int) -> dict[str, Array]:
-    """Reduce metrics of microbatches and steps: extremes, and sums of the rest by image."""
-    stacked: dict[str, list[Array]] = {}
-    for metrics in history:
-        for name, value in metrics.items():
-            stacked.setdefault(name, []).append(value)
-    reduced = {}
-    for name, values in stacked.items():
-        joined = jnp.stack(values)
-        if name in EXTREMES:
-            reduced[name] = joined.min() if name == "ratio/min" else joined.max()
-        else:
-            reduced[name] = joined.sum() / count
-    return reduced
-
-
-def _ratio_metrics(log_ratio: Array, clipped: Array, from_old: Array) -> dict[str, Array]:
-    """Sums over the images (extremes for min and max)."""
-    ratio = jnp.exp(log_ratio)
-    return {
-        "ratio/mean": ratio.sum(),
-        "ratio/min": ratio.min(),
-        "ratio/max": ratio.max(),
-        "clip_fraction": clipped.sum().astype(jnp.float32),
-        # k3 with the roles of Schulman 2020: samples are the old policy's, so
-        # δ = log π_old − log π_θ
-        "approx_kl": kl_estimate(-from_old, "k3").sum(),
-    }
