@@ -30,10 +30,11 @@ Place = Callable[[Any], Any]
 
 
 def make_mesh(config: Config) -> Mesh:
-    """Return the mesh of a run over the devices of all its processes.
+    """Return the mesh of a run.
 
     Raises:
-        UsageError: the axes do not fit the devices, or the images do not divide over them.
+        UsageError: the axes do not fit the devices, the images do not divide over them, or there
+            are several processes.
     """
     options, devices = config.mesh, jax.devices()
     data = len(devices) // options.fsdp if options.data is None else options.data
@@ -45,10 +46,10 @@ def make_mesh(config: Config) -> Mesh:
             f"{max(size, options.fsdp)} devices, but {have}; expected a product of at most "
             f"{len(devices)}"
         )
-    if jax.process_count() > 1 and size != len(devices):
+    if jax.process_count() > 1:
         raise UsageError(
-            f"mesh.data {data} x mesh.fsdp {options.fsdp} are {size} devices, but {have} in "
-            f"{jax.process_count()} processes; expected all of them"
+            f"JAX runs in {jax.process_count()} processes; expected 1, with all devices of one "
+            "machine: a run over several machines is not supported"
         )
     _check_divides(config, size)
     return Mesh(
@@ -190,6 +191,38 @@ def shard_order(count: int, size: int) -> np.ndarray:
 def join_rows(parts: Sequence[Any], axis: int = 0) -> Any:
     """Put slices of `take_rows` back together; each image stays on its device."""
     return _join_rows(list(parts), axis, shards())
+
+
+def partial_sums(tree: Any) -> Any:
+    """Return zeros like each array for every shard to sum up what is its own, `[n, ...]`."""
+    return _zeros(tree, shards())
+
+
+def total_of(sums: Any) -> Any:
+    """Sum up `partial_sums` over the shards, each of which gets the total."""
+    return _total_of(sums)
+
+
+def split_rows(tree: Any, axes: Any) -> Any:
+    """Split each array into shards, `[n, B/n]`, along the axis of its images; None has none."""
+    leaves, structure = jax.tree.flatten(tree)
+    along = structure.flatten_up_to(axes)
+    return structure.unflatten(
+        [
+            x if axis is None else _split(x, axis, shards())
+            for x, axis in zip(leaves, along, strict=True)
+        ]
+    )
+
+
+@partial(jax.jit, static_argnums=1)
+def _zeros(tree: Any, count: int) -> Any:
+    return by_rows(jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), tree))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _total_of(sums: Any) -> Any:
+    return replicated(jax.tree.map(lambda x: x.sum(axis=0), sums))
 
 
 @partial(jax.jit, static_argnames=("each", "axis", "count"))

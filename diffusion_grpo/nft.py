@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from diffusion_grpo.accumulation import divide
 from diffusion_grpo.mesh import Place, replicated, take_rows
 from diffusion_grpo.rollout import initial_noise
 from diffusion_grpo.schedule import PredictionType, add_noise, epsilon_x0
-from diffusion_grpo.update import Policy, divide
+from diffusion_grpo.update import Policy
 
 
 @dataclasses.dataclass(frozen=True)

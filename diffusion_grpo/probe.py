@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -56,7 +55,7 @@ def measure_drift(
             continue
         none = Pulls(*3 * [jnp.zeros_like(mb.advantages)])
         for i in plan.active:
-            empty = jax.tree.map(jnp.zeros_like, params)
+            empty = loss.zeros(params)
             changes.append(loss.accumulate(empty, *common, i, none, Shares(zero, zero))[2])
         break
     return np.abs(np.concatenate([np.asarray(change, np.float64) for change in changes]))

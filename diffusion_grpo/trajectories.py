@@ -49,6 +49,18 @@ class UpdateBatch(NamedTuple):
     reference: PolicySteps = PolicySteps()
     old: PolicySteps = PolicySteps()
 
+    def axes(self) -> UpdateBatch:
+        """Return the axis of the images of every array; None where it has none."""
+        count = self.trajectory.latents.shape[1]
+        each = partial(jax.tree.map, lambda _: 1)
+        return UpdateBatch(
+            Trajectory(1, None, 1),
+            jax.tree.map(lambda x: 0 if x.shape[0] == count else None, self.conditioning),
+            0,
+            each(self.reference),
+            each(self.old),
+        )
+
     def take(self, rows: Any) -> UpdateBatch:
         """Return the batch of some images, given as a slice or as their places."""
         latents, timesteps, log_probs = self.trajectory

@@ -18,6 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from diffusion_grpo.accumulation import (
+    EXTREMES,
+    divide,
+    of_shards,
+    ratio_metrics,
+    reduce_metrics,
+)
 from diffusion_grpo.gaussian import Reduction, gaussian_entropy, gaussian_kl, gaussian_log_prob
 from diffusion_grpo.grpo import (
     clipped_surrogate,
@@ -25,7 +32,14 @@ from diffusion_grpo.grpo import (
     kl_estimate,
     masked_surrogate,
 )
-from diffusion_grpo.mesh import Place, by_rows, replicated
+from diffusion_grpo.mesh import (
+    Place,
+    by_rows,
+    partial_sums,
+    replicated,
+    shards,
+    total_of,
+)
 from diffusion_grpo.rollout import Denoiser, denoising_step
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.steps import Ratio, StepPlan
@@ -117,6 +131,20 @@ class CompiledLoss(NamedTuple):
     terms: Any
     accumulate: Any
     entropy: Any
+    place: Place = replicated
+
+    @property
+    def local(self) -> bool:
+        """Whether each device sums the gradient of its own images, until it is complete."""
+        return self.place is replicated and shards() > 1
+
+    def zeros(self, params: Any) -> Any:
+        """Return the gradient that `accumulate` adds the first step to."""
+        return partial_sums(params) if self.local else jax.tree.map(jnp.zeros_like, params)
+
+    def mean(self, gradient: Any, count: int) -> Any:
+        """Return the gradient that was accumulated, for a mean over images; donated."""
+        return divide(total_of(gradient) if self.local else gradient, jnp.float32(count))
 
 
 def _fixed_noise(params: Any, schedule: Schedule) -> Schedule:
@@ -196,7 +224,7 @@ def compile_loss(
             (loss, clipped), pull = jax.value_and_grad(surrogate, has_aux=True)(
                 log_ratio, mb.advantages, plan
             )
-            metrics = _ratio_metrics(log_ratio, clipped, weighted) | {"policy_loss": loss}
+            metrics = ratio_metrics(log_ratio, clipped, weighted) | {"policy_loss": loss}
         if config.kl in ESTIMATORS:
             kind: Any = config.kl
             kl, kl_pull = jax.value_and_grad(lambda delta: kl_estimate(delta, kind).sum())(
@@ -240,7 +268,7 @@ def compile_loss(
         else:
             loss, clipped = surrogate(log_ratio, advantages, plan)
         loss = plan.weights[i] * loss
-        return loss, _ratio_metrics(log_ratio, clipped, from_old) | {"policy_loss": loss}
+        return loss, ratio_metrics(log_ratio, clipped, from_old) | {"policy_loss": loss}
 
     @partial(jax.jit, donate_argnums=0)
     def accumulate(
@@ -257,7 +285,9 @@ def compile_loss(
     ) -> tuple[Any, dict[str, Array], Array]:
         """Add one step's gradient; returns its metrics and log π_θ − log π_old `[b]` too."""
 
-        def step_loss(params: Any) -> tuple[Array, tuple[dict[str, Array], Array]]:
+        def step_loss(
+            params: Any, mb: UpdateBatch, pulls: Pulls
+        ) -> tuple[Array, tuple[dict[str, Array], Array]]:
             log_p, mean, std = log_prob(params, frozen, schedule, mb, i)
             metrics = {}
             if config.ratio == "trajectory":
@@ -279,7 +309,11 @@ def compile_loss(
                 loss = loss - shares.total * count * config.entropy_coeff * entropy
             return loss, (metrics, log_p - mb.trajectory.log_probs[i])
 
-        new, (metrics, change) = jax.grad(step_loss, has_aux=True)(params)
+        if place is replicated and shards() > 1:
+            return of_shards(step_loss, gradient, params, mb, pulls)
+        new, (metrics, change) = jax.grad(partial(step_loss, mb=mb, pulls=pulls), has_aux=True)(
+            params
+        )
         return place(jax.tree.map(jnp.add, gradient, new)), replicated(metrics), change
 
     @jax.jit
@@ -287,7 +321,7 @@ def compile_loss(
         std = noise(params, schedule).std[active]
         return gaussian_entropy(std, _size(mb), reduction=config.reduction).sum()
 
-    return CompiledLoss(config, terms, accumulate, entropy)
+    return CompiledLoss(config, terms, accumulate, entropy, place)
 
 
 def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Array]]]:
@@ -325,7 +359,7 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
     ) -> tuple[Any, dict[str, Array]]:
         count, number = len(batch.advantages), len(plan.steps)
         shares = Shares(jnp.float32(len(plan.active) / number), jnp.float32(1 / number))
-        total = jax.tree.map(jnp.zeros_like, params)
+        total = loss.zeros(params)
         history: list[dict[str, Array]] = []
         for start in range(0, count, config.microbatch):
             mb = batch.take(slice(start, start + config.microbatch))
@@ -337,54 +371,15 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
             for k in range(number):
                 total, metrics, _ = loss.accumulate(total, *common, plan.steps[k], pulls, shares)
                 history.append(metrics)
-        metrics = _reduce(history, count)
+        metrics = reduce_metrics(history, count)
         metrics["entropy"] = loss.entropy(params, schedule, batch, plan.active)
         metrics["loss"] = metrics["policy_loss"] - config.entropy_coeff * metrics["entropy"]
         if config.kl is not None:
             metrics["loss"] = metrics["loss"] + beta * metrics["kl"]
-        return divide(total, jnp.float32(count)), metrics
+        return loss.mean(total, count), metrics
 
     return gradient
 
 
-EXTREMES = ("ratio/min", "ratio/max")
-
-
 def _size(batch: UpdateBatch) -> int:
     return math.prod(batch.trajectory.latents.shape[2:])
-
-
-@partial(jax.jit, donate_argnums=0)
-def divide(tree: Any, count: Array) -> Any:
-    """Divide every leaf, in place."""
-    return jax.tree.map(lambda x: x / count, tree)
-
-
-def _reduce(history: list[dict[str, Array]], count: int) -> dict[str, Array]:
-    """Reduce metrics of microbatches and steps: extremes, and sums of the rest by image."""
-    stacked: dict[str, list[Array]] = {}
-    for metrics in history:
-        for name, value in metrics.items():
-            stacked.setdefault(name, []).append(value)
-    reduced = {}
-    for name, values in stacked.items():
-        joined = jnp.stack(values)
-        if name in EXTREMES:
-            reduced[name] = joined.min() if name == "ratio/min" else joined.max()
-        else:
-            reduced[name] = joined.sum() / count
-    return reduced
-
-
-def _ratio_metrics(log_ratio: Array, clipped: Array, from_old: Array) -> dict[str, Array]:
-    """Sums over the images (extremes for min and max)."""
-    ratio = jnp.exp(log_ratio)
-    return {
-        "ratio/mean": ratio.sum(),
-        "ratio/min": ratio.min(),
-        "ratio/max": ratio.max(),
-        "clip_fraction": clipped.sum().astype(jnp.float32),
-        # k3 with the roles of Schulman 2020: samples are the old policy's, so
-        # δ = log π_old − log π_θ
-        "approx_kl": kl_estimate(-from_old, "k3").sum(),
-    }

@@ -26,7 +26,7 @@ def recorded(name: str, program: Any) -> Any:
             text = program.lower(*arguments, **options).compile().as_text()
             FOUND[name] = collectives(text)
             if name == "accumulate":
-                leaves = jax.tree.leaves(arguments[0])
+                leaves = jax.tree.leaves(arguments[1])
                 FOUND["gradient_bytes"] = sum(leaf.nbytes for leaf in leaves)
         return program(*arguments, **options)
 
@@ -40,6 +40,7 @@ def compile_loss(*arguments: Any, **options: Any) -> Any:
 
 
 original, learning.compile_loss = learning.compile_loss, compile_loss
+mesh._total_of = recorded("total", mesh._total_of)
 mesh._slice_rows = recorded("slice", mesh._slice_rows)
 mesh._join_rows = recorded("join", mesh._join_rows)
 

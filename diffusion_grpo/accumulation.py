@@ -1,0 +1,69 @@
+"""What steps and microbatches add up to: gradients by device, and metrics."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from diffusion_grpo.grpo import kl_estimate
+from diffusion_grpo.mesh import AXES, by_rows, replicated, split_rows
+from diffusion_grpo.trajectories import UpdateBatch
+
+EXTREMES = ("ratio/min", "ratio/max")
+
+
+@partial(jax.jit, donate_argnums=0)
+def divide(tree: Any, count: Array) -> Any:
+    """Divide every leaf, in place."""
+    return jax.tree.map(lambda x: x / count, tree)
+
+
+def reduce_metrics(history: list[dict[str, Array]], count: int) -> dict[str, Array]:
+    """Reduce metrics of microbatches and steps: extremes, and sums of the rest by image."""
+    stacked: dict[str, list[Array]] = {}
+    for metrics in history:
+        for name, value in metrics.items():
+            stacked.setdefault(name, []).append(value)
+    reduced = {}
+    for name, values in stacked.items():
+        joined = jnp.stack(values)
+        if name in EXTREMES:
+            reduced[name] = joined.min() if name == "ratio/min" else joined.max()
+        else:
+            reduced[name] = joined.sum() / count
+    return reduced
+
+
+def ratio_metrics(log_ratio: Array, clipped: Array, from_old: Array) -> dict[str, Array]:
+    """Sums over the images (extremes for min and max)."""
+    ratio = jnp.exp(log_ratio)
+    return {
+        "ratio/mean": ratio.sum(),
+        "ratio/min": ratio.min(),
+        "ratio/max": ratio.max(),
+        "clip_fraction": clipped.sum().astype(jnp.float32),
+        # k3 with the roles of Schulman 2020: samples are the old policy's, so
+        # δ = log π_old − log π_θ
+        "approx_kl": kl_estimate(-from_old, "k3").sum(),
+    }
+
+
+def of_shards(
+    step_loss: Any, gradient: Any, params: Any, mb: UpdateBatch, pulls: Any
+) -> tuple[Any, dict[str, Array], Array]:
+    """Add to each shard's gradient `[n, ...]` that of its own images, and sum up the metrics.
+
+    Left to itself, every step of every microbatch would sum the gradient over the devices.
+    """
+    axes = mb.axes()
+    new, (metrics, change) = jax.vmap(
+        jax.grad(step_loss, has_aux=True), in_axes=(None, axes, 0), spmd_axis_name=AXES
+    )(params, split_rows(mb, axes), split_rows(pulls, jax.tree.map(lambda _: 0, pulls)))
+    reduce = {"ratio/min": jnp.min, "ratio/max": jnp.max}
+    metrics = {name: reduce.get(name, jnp.sum)(each) for name, each in metrics.items()}
+    gradient = by_rows(jax.tree.map(jnp.add, gradient, new))
+    return gradient, replicated(metrics), by_rows(change.reshape(-1))
