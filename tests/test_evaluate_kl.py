@@ -15,7 +15,7 @@ class Constant(nnx.Module):
     def __init__(self, value):
         self.value = nnx.Param(jnp.float32(value))
 
-    def __call__(self, sample, timesteps, embeddings):
+    def __call__(self, sample, timesteps, encoder_hidden_states):
         return jnp.broadcast_to(self.value[...], sample.shape)
 
 
@@ -39,7 +39,7 @@ def test_kl_of_two_constant_predictions_is_the_closed_form(reduction, elements):
     policy, base = (TrainablePolicy(Constant(value), 1.0) for value in (0.3, 0.1))
     keys = jax.random.split(jax.random.key(0), 3)
     noise = jax.random.normal(jax.random.key(1), (3, 2, 2, 3))
-    conditioning = (jnp.zeros((3, 1, 1)), jnp.zeros((1, 1, 1)))
+    conditioning = tuple({"encoder_hidden_states": jnp.zeros((n, 1, 1))} for n in (3, 1))
     measure = make_trajectory_kl(policy, schedule, reduction, base)
     found = measure(policy.trained, noise, keys, conditioning)
     # float32 means differ by little at the last steps, where σ is small

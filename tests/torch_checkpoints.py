@@ -113,7 +113,7 @@ def write_family(directory: Path, name: str, **scheduler: Any) -> Path:
     tokenizer_files = directory.parent / f"{directory.name}-tokenizer"
     vocabulary = write_tokenizer(tokenizer_files, FAMILY_TOKENS)
     family = small(PUBLISHED[name], vocabulary)
-    kind = getattr(diffusers, family.scheduler_class)
+    kind: Any = getattr(diffusers, family.scheduler_class)
     # OpenCLIP's tokenizers pad with "!", CLIP-L's with the end-of-text token.
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_files)
     other = CLIPTokenizer.from_pretrained(tokenizer_files, pad_token="!")
@@ -122,7 +122,7 @@ def write_family(directory: Path, name: str, **scheduler: Any) -> Path:
         "vae": randomize(AutoencoderKL(**family.vae).eval()),
         "text_encoder": spread(CLIPTextModel(CLIPTextConfig(**family.text_encoder))),
         "tokenizer": other if name == "sd21" else tokenizer,
-        "scheduler": kind(**family.scheduler | scheduler),
+        "scheduler": kind.from_config(family.scheduler | scheduler),
     }
     if family.text_encoder_2 is None:
         parts |= {"safety_checker": None, "feature_extractor": None}
