@@ -1,8 +1,9 @@
-"""Adapters in files."""
+"""Adapters in files: Diffusers with PEFT loads ours, and theirs and kohya's are read."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diffusers import DiffusionPipeline
 from flax import nnx
 from torch_checkpoints import write_family
 
@@ -44,6 +45,26 @@ def _assert_same(found, expected):
     assert found.keys() == expected.keys()
     for path in expected:
         np.testing.assert_allclose(_delta(found[path]), _delta(expected[path]), atol=1e-5)
+
+
+def test_what_is_written_diffusers_adds_to_the_right_layers(factors, sdxl, tmp_path):
+    write_lora({"unet": factors}, tmp_path / FILE)
+    pipe = DiffusionPipeline.from_pretrained(sdxl)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    pipe.load_lora_weights(tmp_path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    after = pipe.unet.state_dict()
+    assert before.keys() == after.keys()
+    for name in before:
+        change = (after[name] - before[name]).numpy()
+        path = name.removesuffix(".weight")
+        if path in factors:
+            delta = _delta(factors[path])
+            delta = delta.T if delta.ndim == 2 else delta.transpose(3, 2, 0, 1)
+            np.testing.assert_allclose(change, delta, atol=1e-5)
+        else:
+            assert not change.any(), name
 
 
 def test_what_is_written_is_read(factors, model, tmp_path):
