@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -19,6 +20,7 @@ from PIL import Image
 from torch_checkpoints import write_pipeline
 
 from diffusion_grpo.cli import main
+from diffusion_grpo.commands.models import reward_options
 from diffusion_grpo.commands.view import make_server
 from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.metrics import metric_meanings, read_metrics
@@ -317,3 +319,14 @@ def test_metrics_are_listed_with_their_meaning(capsys):
     assert main(["list", "metrics"]) == 0
     shown = capsys.readouterr().out
     assert "clip_fraction" in shown and "eval/diversity" in shown
+
+
+def test_a_run_is_scored_with_its_own_options_of_a_reward(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    options = ("clip.model=mine", "clip.prompt_prefix=a photo of ", "shapes.partial_credit=false")
+    (run / "config.yaml").write_text(yaml.safe_dump({"reward": {"options": list(options)}}))
+    words = [str(tmp_path / "no_run"), f"{run}@base"]
+    assert reward_options(words, ["clip=0.5"], []) == options[:2]
+    assert reward_options(words, ["jpeg_size"], []) == ()
+    assert reward_options(words, ["clip"], ["clip.model=other"]) == ("clip.model=other", options[1])

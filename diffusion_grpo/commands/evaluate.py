@@ -76,7 +76,8 @@ def run(words: Sequence[str]) -> list[Path]:
     path = check_output(options.output, (".json",))
     talk = Talk(options.quiet, options.verbose)
     prompts = read_prompts((), options.prompts, options.num_prompts)
-    places = [find_model(word) for word in (options.model, options.base) if word is not None]
+    words = [word for word in (options.model, options.base) if word is not None]
+    places = [find_model(word) for word in words]
 
     from diffusion_grpo.evaluate import Evaluation
     from diffusion_grpo.evaluation_summary import summarize, to_markdown
@@ -84,7 +85,6 @@ def run(words: Sequence[str]) -> list[Path]:
     from diffusion_grpo.pretrained import DTYPES, StableDiffusion
     from diffusion_grpo.reward import RewardSet, parse_reward_specs
 
-    words = [word for word in (options.model, options.base) if word is not None]
     chosen = reward_options(words, options.reward, options.reward_options)
     rewards = RewardSet.load(parse_reward_specs(options.reward, chosen))
     dtype = DTYPES[options.dtype]
