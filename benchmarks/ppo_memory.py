@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion_grpo.conditioning import conditioning_shapes
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.optim import TrainState, make_optimizer
@@ -86,10 +87,10 @@ def compare(
     shapes = jax.ShapeDtypeStruct
     latents = shapes((steps + 1, microbatch, side, side, channels), jnp.float32)
     each = shapes((microbatch,), jnp.float32)
-    prompts = shapes((microbatch, 77, config.cross_attention_dim), compute)
+    prompts, negative = (conditioning_shapes(config, n, 77, compute) for n in (microbatch, 1))
     batch = UpdateBatch(
         Trajectory(latents, schedule.timesteps, shapes((steps, microbatch), jnp.float32)),
-        (prompts, shapes((1, *prompts.shape[1:]), compute)),
+        (prompts, negative),
         each,
     )
     number = shapes((), jnp.float32)
@@ -129,7 +130,7 @@ def compare(
         def value_loss(value: Any) -> Any:
             x_t, t = batch.trajectory.latents[i], batch.trajectory.timesteps[i]
             times = jnp.broadcast_to(t, (microbatch,))
-            output = nnx.merge(graphdef, value)(x_t, times, batch.conditioning[0])
+            output = nnx.merge(graphdef, value)(x_t, times, **batch.conditioning[0])
             predicted = output.astype(jnp.float32).mean((1, 2, 3))
             return jnp.square(predicted - batch.advantages).sum()
 

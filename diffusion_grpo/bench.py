@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion_grpo.conditioning import encode_prompts, of_rows
+from diffusion_grpo.conditioning import conditioning_shapes, encode_prompts, of_rows
 from diffusion_grpo.config import Config
 from diffusion_grpo.flops import count_flops
 from diffusion_grpo.learner import Rollout, image_advantages, penalized
@@ -71,14 +71,14 @@ class Workload:
     """One iteration of a run: prompts, rollout, decoding, rewards, advantages, update."""
 
     def __init__(
-        self, config: Config, model: StableDiffusion, *, text_states: tuple[int, int] | None = None
+        self, config: Config, model: StableDiffusion, *, random_tokens: int | None = None
     ) -> None:
         """Prepare what a run prepares before its first iteration.
 
         Args:
             config: the run's, validated.
             model: the pipeline; with an adapter, its UNet gains the adapter's layers.
-            text_states: (n, d), to take random text states instead of encoding prompts.
+            random_tokens: n, to take random text states of this length instead of encoding prompts.
         """
         self.config, self.model = config, model
         rollout = config.rollout
@@ -106,15 +106,17 @@ class Workload:
         )
         self.keys = image_keys(0, 0, self.index, self.group, "step_noise")
         self.loss_keys = image_keys(0, 0, self.index, self.group, "loss")
-        self._random_text = text_states is not None
-        if text_states is None:
+        self._random_text = random_tokens is not None
+        if random_tokens is None:
             encoded = self.encode()
         else:
             dtype = DTYPES[config.model.dtype]
-            states = jax.random.normal(jax.random.key(0), (prompts + 1, *text_states)).astype(dtype)
+            unet, key = model.unet.config, jax.random.key(0)
+            shapes = conditioning_shapes(unet, prompts + 1, random_tokens, dtype)
+            drawn = {name: jax.random.normal(key, s.shape, s.dtype) for name, s in shapes.items()}
             encoded = (
-                {"encoder_hidden_states": states[:-1]},
-                {"encoder_hidden_states": states[-1:]},
+                {name: rows[:-1] for name, rows in drawn.items()},
+                {name: rows[-1:] for name, rows in drawn.items()},
             )
         self.conditioning = of_rows(encoded, self.index)
         self._rollout: Rollout | None = None

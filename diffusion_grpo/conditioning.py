@@ -22,9 +22,11 @@ from diffusion_grpo.components import TextEncoder
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import by_rows, replicated, shards
 from diffusion_grpo.models.clip import CLIPTextModel
+from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.pretrained import StableDiffusion
 
 CHUNK = 16  # prompts encoded at a time
+SIZE_IDS = 6  # height and width of the whole picture, of the crop's corner, and of the crop
 
 Conditioning = dict[str, Array]  # keyword arguments of the UNet, [N, ...] each
 
@@ -84,6 +86,28 @@ def encode_prompts(
         negative["time_ids"] = ids
         prompts["time_ids"] = jnp.broadcast_to(ids, (len(rows), ids.shape[1]))
     return prompts, negative
+
+
+def conditioning_shapes(unet: UNetConfig, count: int, tokens: int, dtype: Any) -> dict[str, Any]:
+    """Return the shapes of a UNet's conditioning, for what is planned or measured without a prompt.
+
+    Args:
+        unet: the network's configuration.
+        count: N, rows.
+        tokens: n, the length of the text states.
+        dtype: of the text encoders.
+    """
+    width = unet.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    shapes = {"encoder_hidden_states": jax.ShapeDtypeStruct((count, tokens, width), dtype)}
+    if unet.addition_embed_type == "text_time":
+        numbers, embedded = SIZE_IDS, unet.addition_time_embed_dim
+        total = unet.projection_class_embeddings_input_dim
+        assert embedded is not None and total is not None
+        pooled = total - numbers * embedded
+        shapes["text_embeds"] = jax.ShapeDtypeStruct((count, pooled), dtype)
+        shapes["time_ids"] = jax.ShapeDtypeStruct((count, numbers), jnp.float32)
+    return shapes
 
 
 def of_rows(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion_grpo.conditioning import conditioning_shapes
 from diffusion_grpo.config import Config
 from diffusion_grpo.costs import Cost, program_cost
 from diffusion_grpo.devices import Device
@@ -84,12 +85,14 @@ def find_architecture(name: str) -> Architecture:
             raise UsageError(f"{path} cannot be read as JSON: {error}") from None
 
     text = read("text_encoder", "config.json")
+    second = directory / "text_encoder_2"
     return Architecture(
         UNetConfig.from_dict(read("unet", "config.json")),
         VAEConfig.from_dict(read("vae", "config.json")),
         read("scheduler", "scheduler_config.json"),
         text,
         int(text.get("max_position_embeddings", 77)),
+        read("text_encoder_2", "config.json") if second.is_dir() else None,
     )
 
 
@@ -159,9 +162,11 @@ class _Planner:
 
     def conditioning(self, size: int) -> tuple[Any, Any]:
         """Return the shapes of what the denoiser is conditioned on."""
-        states = (self.model.tokens, self.model.text_width)
-        shape = jax.ShapeDtypeStruct
-        return shape((size, *states), self.dtype), shape((1, *states), self.dtype)
+        unet, tokens = self.model.unet, self.model.tokens
+        prompts, negative = (
+            conditioning_shapes(unet, count, tokens, self.dtype) for count in (size, 1)
+        )
+        return prompts, negative
 
     def noise(self, size: int) -> Any:
         """Return the shape of x_T."""
@@ -294,13 +299,14 @@ class _Planner:
         return active, self.config.grpo.gradient_steps or active
 
     def text_bytes(self) -> int:
-        """Bytes of the text encoder, about: embeddings and layers."""
-        fields = self.model.text_encoder
-        width, layers = int(fields["hidden_size"]), int(fields["num_hidden_layers"])
-        inner = int(fields["intermediate_size"])
-        vocabulary = int(fields.get("vocab_size", 49408))
-        numbers = width * (vocabulary + self.model.tokens)
-        numbers += layers * (4 * width * width + 2 * width * inner)
+        """Bytes of the text encoders, about: embeddings and layers."""
+        numbers = 0
+        for fields in filter(None, (self.model.text_encoder, self.model.text_encoder_2)):
+            width, layers = int(fields["hidden_size"]), int(fields["num_hidden_layers"])
+            inner = int(fields["intermediate_size"])
+            vocabulary = int(fields.get("vocab_size", 49408))
+            numbers += width * (vocabulary + self.model.tokens)
+            numbers += layers * (4 * width * width + 2 * width * inner)
         return numbers * jnp.dtype(self.dtype).itemsize
 
     def trajectory_bytes(self, images: int) -> int:
@@ -309,7 +315,7 @@ class _Planner:
         latent = int(np.prod(self.latent))
         storage = jnp.dtype(DTYPES[self.config.rollout.storage_dtype]).itemsize
         means = 4 * steps * (needs.needs_reference_means + needs.needs_old_means)
-        text = self.model.tokens * self.model.text_width * jnp.dtype(self.dtype).itemsize
+        text = size_of(self.conditioning(1)[0])
         # twice: the parts of the rollout and what they are joined to
         latents = 2 * (steps + 1) * storage * latent
         return images * (latents + means * latent + text + int(np.prod(self.image)))

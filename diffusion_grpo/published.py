@@ -33,6 +33,7 @@ class Architecture:
         vae: of the autoencoder.
         scheduler: the noise schedule, as `scheduler_config.json` has it.
         text_encoder: of CLIP's text tower, fields of `CLIPTextConfig`.
+        text_encoder_2: of a second one, or none.
         tokens: n, the length of the text states.
     """
 
@@ -41,12 +42,7 @@ class Architecture:
     scheduler: dict[str, Any]
     text_encoder: dict[str, Any]
     tokens: int = 77
-
-    @property
-    def text_width(self) -> int:
-        """The width of the text states."""
-        width = self.unet.cross_attention_dim
-        return width if isinstance(width, int) else width[0]
+    text_encoder_2: dict[str, Any] | None = None
 
 
 _VAE = VAEConfig(
@@ -74,6 +70,14 @@ _CLIP_L = {
     "num_attention_heads": 12,
     "projection_dim": 768,
 }
+_OPENCLIP_BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
 
 # Rombach et al. 2022, and Podell et al. 2023.
 ARCHITECTURES = {
@@ -100,6 +104,7 @@ ARCHITECTURES = {
         dataclasses.replace(_VAE, sample_size=1024, scaling_factor=0.13025),
         {"_class_name": "EulerDiscreteScheduler"} | _SCHEDULER,
         _CLIP_L,
+        text_encoder_2=_OPENCLIP_BIG_G,
     ),
 }
 

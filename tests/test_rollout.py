@@ -1,6 +1,6 @@
 """The sampler, its log-probs and their recomputation, with a small real network."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.nnx as nnx
@@ -86,11 +86,15 @@ def noise_for(indices):
     return initial, image_keys(0, 0, prompts, images, "step_noise")
 
 
+# Equal to the last bit is said of XLA's own level of optimization, not of the tests' lower one.
+as_users_compile = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+
+
 @lru_cache
 def compiled_sampler(denoiser, function, **options):
     """Compile a sampler once for all tests that use it; most of the time here is compilation."""
 
-    @jax.jit
+    @as_users_compile
     def run(state, schedule, initial, keys, cond):
         return function(denoiser(state), schedule, initial, keys, cond, **options)
 
@@ -120,7 +124,7 @@ def test_ratio_is_exactly_one_at_unchanged_parameters(compute_dtype, storage_dty
     assert trajectory.log_probs.dtype == jnp.float32
     np.testing.assert_array_equal(trajectory.timesteps, schedule.timesteps)
 
-    @jax.jit
+    @as_users_compile
     def recompute(state, schedule, trajectory, cond):
         return trajectory_log_probs(denoiser(state), schedule, trajectory, cond, reduction)
 
@@ -138,7 +142,7 @@ def test_ratio_is_exactly_one_in_the_program_of_the_gradient(storage_dtype):
     schedule = make_schedule(CONFIG, STEPS, eta=1.0)
     trajectory = draw(state, denoiser, schedule, reduction="mean", storage_dtype=storage_dtype)
 
-    @jax.jit
+    @as_users_compile
     def one_step(state, i, x_t, x_s, cond):
         def log_prob(state):
             step = jax.checkpoint(

@@ -202,10 +202,10 @@ def run(words: Sequence[str]) -> list[Path]:
     from diffusion_grpo.preparation import load_model
     from diffusion_grpo.pretrained import DTYPES, local_directory
 
-    text_states = None
+    random_tokens = None
     if random:
         architecture = ARCHITECTURES[options.preset]
-        text_states = (architecture.tokens, architecture.text_width)
+        random_tokens = architecture.tokens
         full = config.model.trainable == "full"
         model = random_pipeline(
             architecture,
@@ -215,7 +215,7 @@ def run(words: Sequence[str]) -> list[Path]:
     else:
         place = find_model(options.model or config.model.pretrained)
         model = load_model(config, local_directory(place))
-    work = bench.Workload(config, model, text_states=text_states)
+    work = bench.Workload(config, model, random_tokens=random_tokens)
 
     def save(record: dict[str, Any]) -> None:
         if options.json is not None:
