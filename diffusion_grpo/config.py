@@ -153,6 +153,28 @@ def demo() -> Config:
     )
 
 
+def demo_gold() -> Config:
+    """The embedded model toward the exact judge with partial credit: how far RL takes it."""
+    base = demo()
+    return dataclasses.replace(
+        base,
+        reward=RewardConfig(rewards=("shapes=1.0",)),
+        eval=dataclasses.replace(base.eval, gold=("shapes_exact",)),
+        run=dataclasses.replace(base.run, output="runs/demo-gold"),
+    )
+
+
+def demo_mix() -> Config:
+    """The embedded model toward the CLIP score and the judge, each normalized in its groups."""
+    base = demo_gold()
+    return dataclasses.replace(
+        base,
+        reward=RewardConfig(rewards=("clip=1.0", "shapes=1.0"), options=demo().reward.options[:1]),
+        grpo=dataclasses.replace(base.grpo, combine="advantages"),
+        run=dataclasses.replace(base.run, output="runs/demo-mix"),
+    )
+
+
 def sd15() -> Config:
     """Stable Diffusion 1.5 at 512 x 512, a LoRA adapter in bfloat16, toward a CLIP score."""
     return Config(
@@ -183,7 +205,12 @@ def sd15() -> Config:
     )
 
 
-_PRESET_FUNCTIONS = {"demo": demo, "sd15": sd15}
+_PRESET_FUNCTIONS = {
+    "demo": demo,
+    "demo-gold": demo_gold,
+    "demo-mix": demo_mix,
+    "sd15": sd15,
+}
 
 PRESETS: dict[str, Config] = {name: preset() for name, preset in _PRESET_FUNCTIONS.items()}
 

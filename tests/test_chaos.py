@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 from chaos_run import ITERATIONS
-from test_mesh import SMALL
 from tiny_run import lasting
-from torch_checkpoints import write_pipeline
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
 
 MOMENTS = ("sampling", "scoring", "update", "save")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("chaos") / "pipeline", **SMALL)
+    return write_pipeline(tmp_path_factory.mktemp("chaos") / "pipeline", **TWO_LEVELS)
 
 
 def run(checkpoint, folder, moment="none", iteration=-1, number=signal.SIGKILL):
@@ -55,7 +56,6 @@ def test_a_killed_run_ends_as_the_undisturbed_one(checkpoint, undisturbed, tmp_p
     assert lasting(tmp_path / "run") == lasting(undisturbed)
 
 
-@pytest.mark.slow
 def test_a_run_killed_ten_times_ends_as_the_undisturbed_one(checkpoint, undisturbed, tmp_path):
     draw = random.Random(0)
     # A kill in a save may lose it, so that its iteration comes again: iterations never fall.

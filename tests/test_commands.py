@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
-from torch_checkpoints import write_pipeline
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
 from diffusion_grpo.commands.models import reward_options
@@ -42,7 +42,7 @@ def frames(path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("commands") / "pipeline")
+    return write_pipeline(tmp_path_factory.mktemp("commands") / "pipeline", **TWO_LEVELS)
 
 
 @pytest.fixture(scope="module")

@@ -129,8 +129,11 @@ def test_bad_flag_is_refused_with_the_mend(flags, message, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dem", "unknown preset 'dem' (did you mean 'demo'?); expected demo, sd15"),
-        ("zzz", "unknown preset 'zzz'; expected demo, sd15"),
+        (
+            "dem",
+            "unknown preset 'dem' (did you mean 'demo'?); expected demo, demo-gold, demo-mix, sd15",
+        ),
+        ("zzz", "unknown preset 'zzz'; expected demo, demo-gold, demo-mix, sd15"),
         ("mine.yaml", "config file 'mine.yaml': no such file"),
         ("configs/mine", "config file 'configs/mine': no such file"),
     ],

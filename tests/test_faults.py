@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from tiny_run import config, flags, lasting
-from torch_checkpoints import write_pipeline
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 import diffusion_grpo.train as train_module
 from diffusion_grpo.cli import main
@@ -22,10 +22,13 @@ from diffusion_grpo.optim import TrainState, make_update
 from diffusion_grpo.run_lock import RunLock
 from diffusion_grpo.train import train
 
+# Where a folder is gone, Orbax leaves coroutines that it never awaited, found now or later.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("faults") / "pipeline")
+    return write_pipeline(tmp_path_factory.mktemp("faults") / "pipeline", **TWO_LEVELS)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +118,6 @@ def test_a_full_disk_is_told_with_the_command_to_go_on(checkpoint, tmp_path, mon
     assert "Traceback" not in message
 
 
-# Orbax leaves coroutines that it never awaited where a folder is gone.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_removed_run_directory_is_told(checkpoint, tmp_path, monkeypatch, capsys):
     before_the_update(monkeypatch, 1, lambda *_: shutil.rmtree(tmp_path / "run"))
     assert main(["train", *flags(checkpoint, tmp_path)]) == 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from torch_checkpoints import write_pipeline
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 import diffusion_grpo.train as train_module
 from diffusion_grpo.advantages import RewardHistory, group_advantages, running_advantages
@@ -29,7 +29,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("learning") / "pipeline"
-    return write_pipeline(directory, prediction_type="v_prediction")
+    return write_pipeline(directory, prediction_type="v_prediction", **TWO_LEVELS)
 
 
 def config_for(checkpoint, folder, *words):
@@ -62,7 +62,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("noise", "nft"))]
+)
 def test_a_run_that_was_interrupted_ends_as_the_undisturbed_one(
     name, checkpoint, tmp_path, monkeypatch
 ):

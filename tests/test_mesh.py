@@ -13,18 +13,13 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 from tiny_run import config, lasting
-from torch_checkpoints import write_pipeline
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import make_mesh, parameter_spec, shard_order, take_rows
 
 # Relative, and absolute beside it for metrics near 0: sums of float32 in another order.
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-6}
-SMALL = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
 RUN = {
     "rollout__prompts_per_iteration": 8,
     "rollout__images_per_prompt": 2,
@@ -36,7 +31,7 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("mesh") / "pipeline", **SMALL)
+    return write_pipeline(tmp_path_factory.mktemp("mesh") / "pipeline", **TWO_LEVELS)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import jax
 import pytest
 from PIL import Image
 from recorded_run import record_run
-from torch_checkpoints import write_pipeline
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
 from diffusion_grpo.commands.view import make_server
@@ -92,7 +92,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("readme") / "pipeline")
+    return write_pipeline(tmp_path_factory.mktemp("readme") / "pipeline", **TWO_LEVELS)
 
 
 @pytest.fixture

@@ -256,6 +256,9 @@ def test_the_reward_is_exact_or_gives_partial_credit() -> None:
     assert set(np.unique(exact)) <= {0.0, 1.0}
     np.testing.assert_array_equal(exact, (soft == 1).astype(np.float32))
     assert len(np.unique(soft)) > 3
+    alone = load_reward(str(resource_path("rewards", "shapes_exact.py")))
+    np.testing.assert_array_equal(alone.function(IMAGES[:40], wrong, metadata), exact)
+    assert alone.function(IMAGES[:40], CAPTIONS[:40], metadata).mean() >= 0.95
 
 
 def test_every_task_is_judged_equally_well() -> None:

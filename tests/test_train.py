@@ -20,7 +20,7 @@ import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.numpy import load_file
-from torch_checkpoints import write_pipeline
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config
@@ -39,7 +39,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("train") / "pipeline")
+    return write_pipeline(tmp_path_factory.mktemp("train") / "pipeline", **TWO_LEVELS)
 
 
 def _flags(checkpoint, folder):
@@ -135,7 +135,7 @@ def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_deterministic_images_equal_those_of_diffusers(tmp_path, prediction_type):
-    directory = write_pipeline(tmp_path / "pipeline", prediction_type=prediction_type)
+    directory = write_pipeline(tmp_path / "pipeline", prediction_type=prediction_type, **TWO_LEVELS)
     pipe = StableDiffusionPipeline.from_pretrained(directory)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -13,7 +13,7 @@ from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DM
 from diffusers.models.transformers.transformer_2d import Transformer2DModel as TorchTransformer
 from families import PUBLISHED, WIDTHS, small
 from flax import nnx
-from torch_checkpoints import make_unet, randomize
+from torch_checkpoints import TWO_LEVELS, make_unet, randomize
 from torch_weights import copy_torch_weights, torch_name
 
 from diffusion_grpo.errors import UsageError
@@ -322,7 +322,7 @@ def test_bfloat16_is_close():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    unet, inputs, _ = _whole(make_unet())
+    unet, inputs, _ = _whole(make_unet(**TWO_LEVELS))
     graphdef, params = nnx.split(unet)
     unet.gradient_checkpointing = True
     remat, _ = nnx.split(unet)
@@ -337,7 +337,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_gradients_agree_with_torch():
-    torch_unet = make_unet()
+    torch_unet = make_unet(**TWO_LEVELS)
     unet, inputs, _ = _whole(torch_unet)
     graphdef, params = nnx.split(unet)
     ours = jax.jit(jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p)(*inputs)).mean()))(params)
