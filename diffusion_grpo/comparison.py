@@ -9,7 +9,16 @@ from PIL import Image
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Entry, Gallery
-from diffusion_grpo.images import TEXT_SIZE, draw_page, draw_strip, enlarge, image_grid
+from diffusion_grpo.images import (
+    RIGHT,
+    TEXT_SIZE,
+    WRONG,
+    draw_page,
+    draw_strip,
+    enlarge,
+    image_grid,
+    pack,
+)
 
 _UP, _DOWN, _SAME = (17, 115, 75), (179, 55, 42), (110, 114, 120)
 
@@ -24,7 +33,7 @@ def comparison_grid(
     min_size: int = 128,
     text_size: int = TEXT_SIZE,
 ) -> Image.Image:
-    """Draw what several models make of the same prompts and seeds, one row a picture.
+    """Draw what several models make of the same prompts and seeds, a panel a picture.
 
     Args:
         images: for each model, uint8 [N, H, W, 3] in the same order.
@@ -32,7 +41,7 @@ def comparison_grid(
         captions: N prompts.
         scores: for each model float [N]; under each picture, and under those of the second model
             and further with the difference to the first, green where it is higher and red where it
-            is lower.
+            is lower. Where every score is 0 or 1, a tick or a cross instead.
         title: a heading, or `""`.
         min_size: as in `image_grid`.
         text_size: as in `image_grid`.
@@ -45,10 +54,15 @@ def comparison_grid(
         raise ValueError(f"{sorted(counts)} images and captions: expected the same number of each")
     columns = [enlarge(model, min_size=min_size, resample="lanczos") for model in images]
     first_scores = scores[0] if scores else np.zeros(0)
-    rows = []
+    judged = bool(scores) and bool(np.isin(scores, (0, 1)).all())
+    panels = []
     for row, caption in enumerate(captions):
         notes, colors = [], []
         for number, model in enumerate(scores or ()):
+            if judged:
+                notes.append(RIGHT if model[row] else WRONG)
+                colors.append(_UP if model[row] else _DOWN)
+                continue
             first = first_scores[row] if number else model[row]
             change = float(model[row] - first)
             notes.append(f"{model[row]:.3f}" + (f"  {change:+.3f}" if number else ""))
@@ -61,8 +75,8 @@ def comparison_grid(
             heads=dict(enumerate(labels)),
             text_size=text_size,
         )
-        rows.append([strip])
-    return draw_page(rows, title=title, text_size=text_size)
+        panels.append(strip)
+    return draw_page(pack(panels), title=title, text_size=text_size)
 
 
 def chosen_evaluations(gallery: Gallery, most: int) -> list[Entry]:

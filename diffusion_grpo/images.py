@@ -22,6 +22,11 @@ TEXT_SIZE = 15  # of captions, in pixels
 _SMALL, _LARGE = 13 / 15, 20 / 15  # notes and headings, relative to captions
 _FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 _IMAGE_DESCRIPTION = 0x010E  # an EXIF tag
+RIGHT, WRONG = "✓", "✗"
+_MARKS = {  # lines, relative to the size of the text
+    RIGHT: ((0.1, 0.7), (0.4, 1.0), (1.0, 0.3)),
+    WRONG: ((0.1, 0.3), (0.8, 1.0), (0.45, 0.65), (0.8, 0.3), (0.1, 1.0)),
+}
 _MAX_WIDTH = 1400  # a grid of pairs starts a new row of pairs past this many pixels
 
 
@@ -157,11 +162,15 @@ def before_after_grid(
         notes = [note for _, side in sides for note in (side[part] or [""] * group)]
         heads = {0: "before", group: "after"}
         panels.append(draw_strip(cells, notes=notes, caption=caption, heads=heads, split=group))
-    panel_width = panels[0].width + 2 * _PADDING
-    across = min(len(panels), max(1, (_MAX_WIDTH - 2 * _MARGIN) // panel_width))
-    across = -(-len(panels) // -(-len(panels) // across))  # as even as the number of rows allows
-    rows = [panels[start : start + across] for start in range(0, len(panels), across)]
-    return draw_page(rows, title=title)
+    return draw_page(pack(panels), title=title)
+
+
+def pack(panels: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
+    """Lay panels of one width out in rows: as many across as fit a page, as even as may be."""
+    width = panels[0].width + 2 * _PADDING
+    across = min(len(panels), max(1, (_MAX_WIDTH - 2 * _MARGIN) // width))
+    across = -(-len(panels) // -(-len(panels) // across))
+    return [panels[start : start + across] for start in range(0, len(panels), across)]
 
 
 def check_image_path(path: str | Path) -> Path:
@@ -330,7 +339,8 @@ def draw_strip(
     """Draw cells side by side: heads above, a note under each, a caption under all.
 
     `heads` is the index of a cell to the text that begins above it; `split` is the index of the
-    cell before which the gap is wide. `note_colors` has one color a note; gray without.
+    cell before which the gap is wide. `note_colors` has one color a note; gray without. A note that
+    is `RIGHT` or `WRONG` is drawn as a tick or a cross, which the font lacks.
     """
     text, small = _font(text_size), _font(round(text_size * _SMALL))
     cell_width, cell_height = cells[0].size
@@ -357,7 +367,14 @@ def draw_strip(
     colors = note_colors or [_GRAY] * len(note_lines)
     for left, lines, color in zip(lefts, note_lines, colors, strict=False):
         for row, line in enumerate(lines):
-            draw.text((left - 1, below + row * _line_height(small)), line, fill=color, font=small)
+            place = (left - 1, below + row * _line_height(small))
+            if line in _MARKS:
+                points = [
+                    (place[0] + small.size * x, place[1] + small.size * y) for x, y in _MARKS[line]
+                ]
+                draw.line(points, fill=color, width=max(2, round(small.size / 6)))
+            else:
+                draw.text(place, line, fill=color, font=small)
     for row, line in enumerate(caption_lines):
         draw.text((0, caption_top + row * _line_height(text)), line, fill=_INK, font=text)
     return strip

@@ -30,6 +30,22 @@ def test_models_are_columns_and_differences_are_colored():
     assert not has(comparison_grid(models, ["base", "a", "b"], ["one", "two"]), GREEN)
 
 
+def test_what_is_right_or_wrong_is_ticked_or_crossed():
+    models, labels, captions = [flat(10), flat(60)], ["base", "a"], ["one", "two"]
+    right, wrong = np.ones(2), np.zeros(2)
+    pages = [
+        comparison_grid(models, labels, captions, scores=scores)
+        for scores in ([right, right], [wrong, wrong], [wrong, right])
+    ]
+    assert [(has(page, GREEN), has(page, RED)) for page in pages] == [
+        (True, False), (False, True), (True, True)]  # fmt: skip
+    # Crosses have twice the strokes, and are no recolored ticks.
+    ticks, crosses = (
+        (np.asarray(p) == c).all(axis=-1) for p, c in zip(pages, (GREEN, RED), strict=False)
+    )
+    assert ticks.any() and crosses.any() and (ticks != crosses).any()
+
+
 def test_counts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="expected the same number"):
         comparison_grid([flat(1), flat(1, 3)], ["a", "b"], ["one", "two"])

@@ -46,7 +46,8 @@ class CompareOptions:
     num_images: int = 1
     """Images of each prompt."""
     reward: tuple[str, ...] = ()
-    """Rewards whose weighted total stands under each picture, in the form of train --reward."""
+    """Rewards whose weighted total stands under each picture, in the form of train --reward; a
+    tick or a cross where all totals are 0 or 1."""
     reward_options: tuple[str, ...] = ()
     """NAME.OPTION=VALUE each; those of the first run hold where nothing else is said."""
     seed: int = 0
