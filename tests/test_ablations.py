@@ -1,0 +1,55 @@
+"""The script of the ablations: its variants are runs, and its table is that of their files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from diffusion_grpo.config import PRESETS, load_config
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "ablations.py"
+_spec = importlib.util.spec_from_file_location("ablations", SCRIPT)
+assert _spec is not None and _spec.loader is not None
+ablations = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ablations)
+
+
+@pytest.mark.parametrize("variant", ablations.VARIANTS)
+def test_a_variant_is_a_run_that_differs_from_its_preset(variant):
+    preset = ablations.preset_of(variant)
+    config = load_config(preset, ablations.flags_of(variant))
+    assert (config == PRESETS[preset]) == (variant == preset)
+    assert config.rollout.num_images == PRESETS["demo"].rollout.num_images
+
+
+def test_runs_have_directories_of_their_own():
+    places = {ablations.directory_of(Path("a"), v, s) for v in ablations.VARIANTS for s in (0, 1)}
+    assert len(places) == 2 * len(ablations.VARIANTS)
+    assert ablations.directory_of(Path("a"), "no window, K = T/2", 1) == Path("a/no-window-k-t-2-1")
+
+
+def test_the_table_has_means_and_ranges_of_the_seeds(tmp_path):
+    for seed, after in enumerate((0.6, 0.7)):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        rewards = {
+            "clip": {"before": 0.5, "after": 0.61},
+            "shapes": {"before": 0.48, "after": after},
+        }
+        (folder / "evaluation.json").write_text(json.dumps({"rewards": rewards}))
+        rows = [
+            {"iteration": 0, "time/iteration": 30.0},
+            {
+                "iteration": 1,
+                "time/iteration": 90.0,
+                "eval/reward/mean": 0.6,
+                "eval/reward/shapes/mean": 0.5,
+            },
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [ablations.read_run(tmp_path / str(seed)) for seed in (0, 1)]
+    assert runs[0]["curve"] == [{"iteration": 2, "minutes": 2.0, "shapes": 0.5}]
+    table = ablations.to_table({"demo": runs, "nft": runs[:1]})
+    assert "| demo | 2 | 48.0 (48.0 to 48.0) | 65.0 (60.0 to 70.0) | 0.6100 (" in table
+    assert "| nft | 1 | 48.0 | 60.0 | 0.6100 | 2.0 |" in table
