@@ -41,6 +41,7 @@ RL fine-tuning of text-to-image diffusion models in JAX.
   sample             draw images from a checkpoint into a grid
   compare            models side by side, or a run as a time-lapse
   evaluate           rewards on held-out prompts, with intervals, against a base
+  export RUN         a run's model for Diffusers: pipeline, UNet or LoRA file
   report RUN ...     runs as one HTML page
   view RUN ...       the same page, live while a run trains
   plan [PRESET | config.yaml]
@@ -56,7 +57,7 @@ diffusion-grpo COMMAND --help says more. """
 
 
 # Commands in modules of their own, under `commands/`; each returns the files that it wrote.
-MODULES = ("sample", "compare", "evaluate", "report", "view", "bench", "plan")
+MODULES = ("sample", "compare", "evaluate", "export", "report", "view", "bench", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

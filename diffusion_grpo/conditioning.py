@@ -23,10 +23,9 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import by_rows, replicated, shards
 from diffusion_grpo.models.clip import CLIPTextModel
 from diffusion_grpo.models.unet import UNetConfig
-from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.pretrained import TIME_IDS, StableDiffusion
 
 CHUNK = 16  # prompts encoded at a time
-SIZE_IDS = 6  # height and width of the whole picture, of the crop's corner, and of the crop
 
 Conditioning = dict[str, Array]  # keyword arguments of the UNet, [N, ...] each
 
@@ -101,12 +100,12 @@ def conditioning_shapes(unet: UNetConfig, count: int, tokens: int, dtype: Any) -
     width = width if isinstance(width, int) else width[0]
     shapes = {"encoder_hidden_states": jax.ShapeDtypeStruct((count, tokens, width), dtype)}
     if unet.addition_embed_type == "text_time":
-        numbers, embedded = SIZE_IDS, unet.addition_time_embed_dim
+        embedded = unet.addition_time_embed_dim
         total = unet.projection_class_embeddings_input_dim
         assert embedded is not None and total is not None
-        pooled = total - numbers * embedded
+        pooled = total - TIME_IDS * embedded
         shapes["text_embeds"] = jax.ShapeDtypeStruct((count, pooled), dtype)
-        shapes["time_ids"] = jax.ShapeDtypeStruct((count, numbers), jnp.float32)
+        shapes["time_ids"] = jax.ShapeDtypeStruct((count, TIME_IDS), jnp.float32)
     return shapes
 
 

@@ -16,7 +16,9 @@ from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation, standard_error
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
 from diffusion_grpo.images import before_after_grid, image_grid, save_image
-from diffusion_grpo.lora import merge_lora
+from diffusion_grpo.lora import lora_factors, merge_lora
+from diffusion_grpo.lora_files import FILE, write_lora
+from diffusion_grpo.model_card import model_card
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.sampling import SamplingDefaults
 
@@ -99,13 +101,18 @@ def save_results(config: Config, directory: Path, before: Evaluation, after: Eva
 def export(
     config: Config, model: StableDiffusion, policy: Any, trained: Any, directory: Path
 ) -> None:
-    """Write the fine-tuned pipeline, adapters merged, in the Diffusers layout.
+    """Write the fine-tuned pipeline, adapters merged, in the Diffusers layout, with a model card.
 
-    It says to be sampled as it was evaluated: with the guidance it was trained with.
+    It says to be sampled as it was evaluated: with the guidance it was trained with. An adapter is
+    under `lora/` too, by itself.
     """
     unet = policy.unet(trained)
+    if config.model.trainable == "lora":
+        write_lora({"unet": lora_factors(unet)}, directory / "lora" / FILE)
     merge_lora(unet)
     sampling = SamplingDefaults(
         config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
     )
     dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)
+    card = model_card(directory.parent, "diffusers", sampling)
+    (directory / "README.md").write_text(card, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ class SampleOptions:
     """Only so many of the prompts, from the first."""
     model: str = "shapes-diffusion"
     """Checkpoint in the Diffusers layout: a directory, an embedded name, or a hub id; or a run."""
+    lora: tuple[str, ...] = ()
+    """LoRA files or folders of Diffusers, PEFT or kohya, FILE[=WEIGHT] each; several add up."""
     output: Path | None = Path("grid.png")
     """The grid to write: .png, .webp or .jpg; None writes no grid."""
     singles: Path | None = None
@@ -111,6 +114,21 @@ class SampleOptions:
             raise UsageError(f"singles is {str(self.singles)!r}, which is no folder")
 
 
+def _adapter(word: str) -> tuple[Path, float]:
+    """Return the file of `FILE[=WEIGHT]` and the weight."""
+    name, equals, text = word.rpartition("=")
+    try:
+        weight = float(text) if equals else 1.0
+    except ValueError:
+        raise UsageError(f"lora is {word!r}; expected FILE or FILE=WEIGHT, a number") from None
+    if not math.isfinite(weight):
+        raise UsageError(f"lora is {word!r}: the weight is not finite")
+    path = Path(name if equals else word).expanduser()
+    if not path.exists():
+        raise UsageError(f"lora {str(path)!r} does not exist")
+    return path, weight
+
+
 def check_sampler(sampler: str, eta: float) -> None:
     """Raise a `UsageError` for a sampler that does not exist, or an η that it does not take."""
     from diffusion_grpo.errors import suggest
@@ -140,7 +158,9 @@ def run(words: Sequence[str]) -> list[Path]:
     settings = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
+    adapters = [_adapter(word) for word in options.lora]
 
+    from diffusion_grpo.lora_files import load_lora
     from diffusion_grpo.pipeline import generate
     from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 
@@ -153,6 +173,8 @@ def run(words: Sequence[str]) -> list[Path]:
         variant=options.variant,
         revision=options.revision,
     )
+    for number, (file, weight) in enumerate(adapters):
+        load_lora(model, file, name=f"lora_{number}", weight=weight)
     sampling = dataclasses.replace(model.sampling or SamplingDefaults(), **given)
     talk.say(
         f"guidance scale {sampling.guidance_scale:g}, {sampling.num_steps} steps of "
@@ -181,6 +203,7 @@ def run(words: Sequence[str]) -> list[Path]:
         )
     made = {
         "model": options.model,
+        "lora": " ".join(options.lora),
         "seed": options.seed,
         "num_steps": sampling.num_steps,
         "guidance_scale": sampling.guidance_scale,

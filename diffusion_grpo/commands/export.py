@@ -1,0 +1,114 @@
+"""`diffusion-grpo export`: a run's model in the form and precision that its user needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from diffusion_grpo.commands.common import Talk, parse
+from diffusion_grpo.commands.models import find_model
+from diffusion_grpo.errors import UsageError, suggest
+
+FORMATS = ("diffusers", "lora", "merged")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Write a run's model for Diffusers, with a model card.
+
+    diffusers: the whole pipeline, an adapter merged in. merged: its UNet alone, an adapter merged
+    in. lora: the adapter alone, as `pipe.load_lora_weights` loads it.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """A run directory, for its trained model; RUN@best for its best one."""
+    output: Path
+    """A new or empty folder."""
+    format: str = "diffusers"
+    """diffusers, lora or merged."""
+    dtype: str = "float32"
+    """Of the written weights: float32, float16 or bfloat16."""
+    quiet: bool = False
+    """Say nothing but errors and what was written."""
+    verbose: bool = False
+    """Say more."""
+
+    def check(self) -> None:
+        """Refuse what no model is needed to refuse.
+
+        Raises:
+            UsageError: an option that does not exist, or a folder that is in use.
+        """
+        for name, allowed in (("format", FORMATS), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UsageError(
+                    f"{name} is {value!r}{suggest(value, allowed)}; expected one of "
+                    f"{', '.join(allowed)}"
+                )
+        output = self.output.expanduser()
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UsageError(f"output {str(output)!r} is there and not an empty folder")
+        above = next(p for p in (output, *output.absolute().parents) if p.exists())
+        if not os.access(above, os.W_OK):
+            raise UsageError(f"output {str(output)!r}: {str(above)!r} is not writable")
+
+
+def run(words: Sequence[str]) -> list[Path]:
+    """Read and write; returns what was written."""
+    options = parse(ExportOptions, words, "diffusion-grpo export")
+    options.check()
+    talk = Talk(options.quiet, options.verbose)
+    name, _, which = options.run.rpartition("@")
+    directory = Path(name or which).expanduser()
+    if not (directory / "config.yaml").is_file():
+        raise UsageError(f"{options.run!r} is no run directory: there is no config.yaml in it")
+    if name and which == "base":
+        raise UsageError(f"{options.run!r} is what the run started from, not what it trained")
+    place = Path(find_model(options.run))
+    output = options.output.expanduser()
+
+    from diffusion_grpo.lora_files import FILE
+    from diffusion_grpo.model_card import model_card
+    from diffusion_grpo.sampling import SamplingDefaults, read_sampling
+
+    sampling = read_sampling(place) or SamplingDefaults()
+    if options.format == "lora":
+        source = place / "lora" / FILE
+        if not source.is_file():
+            raise UsageError(
+                f"{options.run!r} has no adapter: the run trained all weights of the UNet "
+                "(model.trainable full); expected --format diffusers or merged"
+            )
+        _copy_adapter(source, output / FILE, options.dtype)
+    else:
+        _write_model(place, output, whole=options.format == "diffusers", dtype=options.dtype)
+    card = model_card(directory, options.format, sampling)
+    (output / "README.md").write_text(card, encoding="utf-8")
+    talk.say(f"{options.format} of {place}, {options.dtype}")
+    return [output]
+
+
+def _copy_adapter(source: Path, target: Path, dtype: str) -> None:
+    from diffusion_grpo.pretrained import DTYPES
+    from diffusion_grpo.tensor_files import open_file, write_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_file(open_file(source).cast(DTYPES[dtype]).entries, target)
+
+
+def _write_model(place: Path, output: Path, *, whole: bool, dtype: str) -> None:
+    from diffusion_grpo.components import save_module
+    from diffusion_grpo.pretrained import DTYPES, StableDiffusion
+
+    model: Any = StableDiffusion.from_pretrained(place)
+    if whole:
+        model.save_pretrained(output, dtype=DTYPES[dtype])
+    else:
+        save_module(model.unet, output, model.configs["unet"], dtype=DTYPES[dtype])

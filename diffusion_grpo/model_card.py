@@ -1,0 +1,93 @@
+"""A run's model card: what was trained, on what, with which results, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_grpo import __version__
+from diffusion_grpo.sampling import SamplingDefaults
+
+_LOADING = {
+    "diffusers": """pipe = DiffusionPipeline.from_pretrained("PATH/TO/THIS/DIRECTORY")
+""",
+    "merged": """unet = UNet2DConditionModel.from_pretrained("PATH/TO/THIS/DIRECTORY")
+pipe = DiffusionPipeline.from_pretrained({base!r}, unet=unet)
+""",
+    "lora": """pipe = DiffusionPipeline.from_pretrained({base!r})
+pipe.load_lora_weights("PATH/TO/THIS/DIRECTORY")
+""",
+}
+_IMPORTS = {
+    "diffusers": "DiffusionPipeline",
+    "merged": "DiffusionPipeline, UNet2DConditionModel",
+    "lora": "DiffusionPipeline",
+}
+
+
+def model_card(run: Path, kind: str, sampling: SamplingDefaults) -> str:
+    """Return the card of a run's model as Markdown, with the front matter that hubs read.
+
+    Args:
+        run: the run directory; `config.yaml` is there, `evaluation.json` if the run is finished.
+        kind: what stands beside the card: diffusers, merged or lora.
+        sampling: what the model was evaluated with.
+    """
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    base = str(config["model"]["pretrained"])
+    algorithm = {"grpo": "GRPO", "nft": "DiffusionNFT"}[config["grpo"]["algorithm"]]
+    rewards = ", ".join(f"`{reward}`" for reward in config["reward"]["rewards"])
+    trained = {"lora": "a LoRA adapter of its UNet", "full": "its UNet in full"}
+    front = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": base,
+        "tags": ["text-to-image", "diffusion-grpo", *(["lora"] if kind == "lora" else [])],
+    }
+    example = f"from diffusers import {_IMPORTS[kind]}\n\n{_LOADING[kind].format(base=base)}"
+    example += (
+        f"image = pipe(\n    PROMPT, guidance_scale={sampling.guidance_scale:g}, "
+        f"num_inference_steps={sampling.num_steps}\n).images[0]\n"
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {run.resolve().name}\n",
+        f"`{base}`, {trained[config['model']['trainable']]} fine-tuned toward {rewards} with "
+        f"{algorithm} by diffusion-grpo {__version__}.\n",
+        f"```python\n{example}```\n",
+        f"The results are for guidance scale {sampling.guidance_scale:g} and "
+        f"{sampling.num_steps} steps.\n",
+        _results(run),
+        f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def _results(run: Path) -> str:
+    file = run / "evaluation.json"
+    if not file.is_file():
+        return ""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    rows: list[Sequence[str]] = [
+        (
+            f"`{name}`",
+            _with_error(r, "before"),
+            _with_error(r, "after"),
+            _with_error(r, "difference"),
+        )
+        for name, r in found["rewards"].items()
+    ]
+    head = "| reward | before | after | difference |\n|---|---|---|---|\n"
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return (
+        f"## Results\n\nMeans over {found['images']} held-out images of the model after the last "
+        f"iteration, ± standard error; the difference is that of pairs.\n\n{head}{lines}"
+    )
+
+
+def _with_error(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.4f} ± {row[f'{name}_standard_error']:.4f}"

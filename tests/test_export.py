@@ -1,0 +1,150 @@
+"""A LoRA run's model in every form, as Diffusers loads it, and adapters in `sample`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.numpy import load_file
+from tiny_run import config
+from torch_checkpoints import TOKENS, TWO_LEVELS, WIDTH, write_pipeline
+
+from diffusion_grpo.cli import main
+from diffusion_grpo.lora_files import FILE
+from diffusion_grpo.train import train
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("export") / "pipeline", **TWO_LEVELS)
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    changed = {"model__trainable": "lora", "optim__learning_rate": 0.05, "model__lora_alpha": 7}
+    train(config(checkpoint, folder, **changed), quiet=True)
+    return folder / "run"
+
+
+def output_of(unet):
+    rng = np.random.default_rng(0)
+    sample, states = rng.normal(size=(2, 4, 8, 8)), rng.normal(size=(2, TOKENS, WIDTH))
+    with torch.no_grad():
+        x = (torch.tensor(sample, dtype=torch.float32), torch.tensor([700, 20]))
+        return unet(*x, torch.tensor(states, dtype=torch.float32)).sample.numpy()
+
+
+@pytest.fixture(scope="module")
+def trained(finished, checkpoint):
+    """What the trained UNet gives, and what the untrained one does."""
+    found = [
+        output_of(UNet2DConditionModel.from_pretrained(path / "unet"))
+        for path in (finished / "final", checkpoint)
+    ]
+    assert np.abs(found[0] - found[1]).max() > 1e-2
+    return found
+
+
+def export(run, output, *words):
+    assert main(["export", str(run), "--output", str(output), "--quiet", *words]) == 0
+    return output
+
+
+def test_the_adapter_alone_gives_the_trained_network(finished, checkpoint, trained, tmp_path):
+    export(finished, tmp_path / "lora", "--format", "lora")
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipe.load_lora_weights(tmp_path / "lora")
+    np.testing.assert_allclose(output_of(pipe.unet), trained[0], atol=1e-4)
+
+
+def test_the_merged_network_is_the_trained_one(finished, trained, tmp_path):
+    export(finished, tmp_path / "unet", "--format", "merged")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    np.testing.assert_allclose(output_of(unet), trained[0], atol=1e-6)
+
+
+def test_the_pipeline_in_half_precision(finished, tmp_path):
+    export(finished, tmp_path / "pipeline", "--dtype", "float16")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float16)
+    weights = load_file(finished / "final" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, value in pipe.unet.state_dict().items():
+        assert value.dtype == torch.float16
+        np.testing.assert_array_equal(value.numpy(), weights[name].astype(np.float16))
+
+
+def test_the_card_has_results_and_configuration(finished, checkpoint, tmp_path):
+    export(finished, tmp_path / "lora", "--format", "lora")
+    for folder, loading in (
+        (finished / "final", "from_pretrained"),
+        (tmp_path / "lora", "load_lora_weights"),
+    ):
+        card = (folder / "README.md").read_text()
+        _, front, body = card.split("---\n", 2)
+        assert yaml.safe_load(front)["base_model"] == str(checkpoint)
+        found = json.loads((finished / "evaluation.json").read_text())["rewards"]["jpeg_size"]
+        assert f"{found['before']:.4f} ± " in body and f"{found['after']:.4f} ± " in body
+        written = body.split("```yaml\n")[1].split("```")[0]
+        assert yaml.safe_load(written) == yaml.safe_load((finished / "config.yaml").read_text())
+        assert loading in body
+
+
+def test_sample_adds_adapters_up(finished, checkpoint, tmp_path):
+    def drawn(name, model, *words):
+        output = tmp_path / f"{name}.png"
+        common = ["--prompt", "a red circle", "--num-images", "2", "--num-steps", "3", "--quiet"]
+        options = [*common, "--guidance-scale", "2", "--font-size", "0", "--output", str(output)]
+        assert main(["sample", "--model", str(model), *options, *words]) == 0
+        return np.asarray(Image.open(output)).astype(int)
+
+    whole, base = drawn("whole", finished), drawn("base", checkpoint)
+    file = finished / "final" / "lora" / FILE
+    assert np.abs(whole - base).max() > 3
+    assert np.abs(drawn("one", checkpoint, "--lora", str(file)) - whole).max() <= 1
+    halves = [f"{file}=0.25", f"{finished / 'final'}=0.75"]
+    assert np.abs(drawn("two", checkpoint, "--lora", *halves) - whole).max() <= 1
+    assert np.abs(drawn("none", checkpoint, "--lora", f"{file}=0") - base).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{run}", "--format", "lore"], "format is 'lore' (did you mean 'lora'?)"),
+        (["{run}", "--dtype", "half"], "dtype is 'half'; expected one of float32, float16"),
+        (["{run}", "--output", "{run}"], "is there and not an empty folder"),
+        (["{run}@base"], "is what the run started from"),
+        (["{run}@5"], "a run has the models final, best and base"),
+        (["{run}/final"], "is no run directory: there is no config.yaml in it"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(words, message, finished, tmp_path, capsys):
+    words = [word.format(run=finished) for word in words]
+    output = [] if "--output" in words else ["--output", str(tmp_path / "out")]
+    assert main(["export", *words, *output]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_all_weights_has_no_adapter(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "final" / "lora")
+    words = ["--format", "lora", "--output", str(tmp_path / "out")]
+    assert main(["export", str(run), *words]) == 2
+    assert "has no adapter: the run trained all weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("nowhere.safetensors", "lora 'nowhere.safetensors' does not exist"),
+        ("a=b", "lora is 'a=b'; expected FILE or FILE=WEIGHT, a number"),
+        ("a=nan", "the weight is not finite"),
+    ],
+)
+def test_an_adapter_that_is_not_there_is_refused(word, message, capsys):
+    assert main(["sample", "--prompt", "a circle", "--lora", word]) == 2
+    assert message in capsys.readouterr().err
