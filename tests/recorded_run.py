@@ -116,5 +116,5 @@ def record_run(
                 row |= {f"eval/{name}": value for name, value in evaluation(done).items()}
             log.write(iteration, row)
     if finished:
-        (directory / "evaluation.json").write_text(json.dumps({}))
+        (directory / "evaluation.json").write_text(json.dumps({"images": heldout, "rewards": {}}))
     return directory

@@ -3,12 +3,17 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from flax import nnx
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.numpy import save_file
 from torch_checkpoints import write_family
 
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import Factors, attach_lora, lora_factors
-from diffusion_grpo.lora_files import FILE, read_lora, write_lora
+from diffusion_grpo.lora_files import FILE, original_name, read_lora, write_lora
 from diffusion_grpo.pretrained import StableDiffusion
 
 TARGETS = ("to_q", r"to_out\.0", r"resnets\.\d+\.conv1", r"\w+samplers\.0\.conv", "proj_in")
@@ -70,3 +75,78 @@ def test_what_is_written_diffusers_adds_to_the_right_layers(factors, sdxl, tmp_p
 def test_what_is_written_is_read(factors, model, tmp_path):
     write_lora({"unet": factors}, tmp_path / FILE)
     _assert_same(read_lora(tmp_path, model)["unet"], factors)
+
+
+PATTERN = r".*\.(to_q|to_out\.0|conv1|proj_in)"
+
+
+def _fused(pipe):
+    """What Diffusers adds to the UNet's layers by the adapters it has loaded, [out, in, …]."""
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    after = pipe.unet.state_dict()
+    names = {name: name.replace(".base_layer", "") for name in before if "lora_" not in name}
+    changes = {
+        new.removesuffix(".weight"): (after[new] - before[old]).numpy()
+        for old, new in names.items()
+    }
+    return {path: change for path, change in changes.items() if change.any()}
+
+
+def _assert_adds(found, expected):
+    assert found.keys() == expected.keys()
+    for path, change in expected.items():
+        delta = _delta(found[path])
+        delta = delta.T if delta.ndim == 2 else delta.transpose(3, 2, 0, 1)
+        np.testing.assert_allclose(delta, change, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_what_peft_and_diffusers_write_is_read(rank_stabilized, sdxl, model, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(sdxl)
+    options = {"r": 4, "lora_alpha": 6, "use_rslora": rank_stabilized}
+    pipe.unet.add_adapter(LoraConfig(**options, target_modules=PATTERN))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )
+    found = read_lora(tmp_path, model)
+    assert found.keys() == {"unet"}
+    _assert_adds(found["unet"], _fused(pipe))
+
+
+@pytest.mark.parametrize("blocks", ["diffusers", "original"])
+def test_what_kohya_s_scripts_write_is_read(blocks, factors, sdxl, model, tmp_path):
+    tensors, alpha = {}, np.float32(5)
+    for path, (a, b, _) in factors.items():
+        if ".attn" not in path:
+            continue  # as those scripts train by default
+        name = original_name(path, model.unet.config) if blocks == "original" else path
+        layer = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{layer}.lora_down.weight"] = np.ascontiguousarray(np.asarray(a).T)
+        tensors[f"{layer}.lora_up.weight"] = np.ascontiguousarray(np.asarray(b).T)
+        tensors[f"{layer}.alpha"] = np.asarray(alpha)
+    file = tmp_path / "kohya.safetensors"
+    save_file(tensors, file)
+    found = read_lora(file, model)["unet"]
+    pipe = DiffusionPipeline.from_pretrained(sdxl)
+    pipe.load_lora_weights(file)  # its own table of the names
+    _assert_adds(found, _fused(pipe))
+    assert len(found) == len(tensors) / 3 > 4
+
+
+def test_a_file_for_another_model_is_refused_by_the_layer_s_name(model, tmp_path):
+    file = tmp_path / "other.safetensors"
+    save_file({"lora_unet_nowhere_to_q.lora_down.weight": np.ones((2, 8), np.float32)}, file)
+    with pytest.raises(UsageError, match="'nowhere_to_q' of the unet"):
+        read_lora(file, model)
+    save_file({"unet.conv_in.hada_w1_a": np.ones((2, 8), np.float32)}, file)
+    with pytest.raises(UsageError, match="'unet.conv_in.hada_w1_a' belongs to no adapter"):
+        read_lora(file, model)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from flax import nnx
 from PIL import Image
 from recorded_run import record_run
 from torch_checkpoints import TWO_LEVELS, write_pipeline
@@ -22,7 +23,10 @@ from torch_checkpoints import TWO_LEVELS, write_pipeline
 from diffusion_grpo.cli import main
 from diffusion_grpo.commands.view import make_server
 from diffusion_grpo.config import load_config
+from diffusion_grpo.lora import attach_lora, lora_factors
+from diffusion_grpo.lora_files import FILE, write_lora
 from diffusion_grpo.metrics import read_metrics
+from diffusion_grpo.pretrained import StableDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -77,7 +81,9 @@ LOOK = {
     'sample --model runs/demo --prompt "two red circles" --animate denoising.webp': FEW,
 }
 # Run as they are, or in parts: `make demo` by its recipe, `pip install` by the extra's name.
-OTHERS = {SAMPLE, CHECK, SCORE, SERVE, "view runs/demo"}
+EXPORT = "export runs/mine --format lora --dtype float16 --output my-lora"
+ADAPTED = 'sample --model path/to/checkpoint --lora my-lora=0.8 --prompt "a red circle"'
+OTHERS = {SAMPLE, CHECK, SCORE, SERVE, EXPORT, ADAPTED, "view runs/demo"}
 OTHERS |= {"list rewards", "list prompts", "list metrics"}
 
 
@@ -127,6 +133,18 @@ def test_training_lines_run(folder, line, capsys):
 def test_sampling_line_runs(folder, capsys):
     assert main([*shlex.split(SAMPLE), "--num-images", "2", "--num-steps", "2"]) == 0
     assert Image.open(folder / "grid.png").text["prompt"] == "a red circle"
+
+
+def test_an_adapter_is_exported_and_drawn_with(folder, pipeline):
+    run = record(folder, "mine")
+    shutil.copytree(pipeline, run / "final")
+    unet = StableDiffusion.from_pretrained(pipeline).unet
+    attach_lora(unet, ("to_q",), rank=2, alpha=2.0, rngs=nnx.Rngs(0))
+    write_lora({"unet": lora_factors(unet)}, run / "final" / "lora" / FILE)
+    assert main(shlex.split(EXPORT)) == 0
+    assert (folder / "my-lora" / FILE).is_file() and (folder / "my-lora" / "README.md").is_file()
+    assert main([*shlex.split(ADAPTED), *FEW, "--num-images", "1"]) == 0
+    assert Image.open(folder / "grid.png").text["lora"] == "my-lora=0.8"
 
 
 def test_reward_is_checked_and_scores_a_folder(folder):
