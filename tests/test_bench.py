@@ -53,9 +53,11 @@ def test_bench_measures_the_phases_with_random_weights(tiny_sd15, tmp_path, caps
     path = tmp_path / "bench.json"
     words = ["sd15", *SMALLEST, "--height", "16", "--width", "16", "--dtype", "float32"]
     phases = ["sample", "decode", "reward", "update", "iteration"]
-    words += ["--phases", *phases, "--repeats", "1", "--json", str(path)]
+    words += ["--phases", *phases, "--repeats", "1", "--json", str(path), "--clip", "shapes-clip"]
     assert main(["bench", *words]) == 0
     record = json.loads(path.read_text())
+    assert record["clip"]["images"] == 64 and record["clip"]["difference"] < 1e-2
+    assert record["clip"]["device_seconds"] > 0 and record["clip"]["host_seconds"] > 0
     assert list(record["seconds"]) == phases
     for phase in record["seconds"].values():
         assert 0 < phase["median"] < phase["first"] * 100

@@ -26,6 +26,7 @@ GEOMETRIES: dict[str, dict[str, dict[str, Any]]] = {
         "grpo": {"microbatch": 4, "updates_per_rollout": 1},
     },
 }
+CLIP_IMAGES = 64
 # Flag → section and field of the run's configuration.
 FIELDS = {
     "prompts": ("rollout", "prompts_per_iteration"),
@@ -90,6 +91,8 @@ class BenchOptions:
     """Recompute activations in the backward pass."""
     reward: str | None = None
     """Reward to score with; default the preset's, but brightness with random weights or a peer."""
+    clip: str | None = None
+    """Time the score of 64 images by this CLIP checkpoint too: on the device, and by the host."""
     phases: tuple[str, ...] = ()
     """Only these of encode, sample, sample_final, decode, reward, update, iteration."""
     repeats: int = 3
@@ -237,4 +240,30 @@ def run(words: Sequence[str]) -> list[Path]:
             on_result=save,
         )
     print(bench.table(record), flush=True)
+    if options.clip is not None:
+        record["clip"] = _clip(options.clip, work, options.repeats)
+        save(record)
     return [] if options.json is None else [options.json]
+
+
+def _clip(checkpoint: str, work: Any, repeats: int) -> dict[str, Any]:
+    """Time the CLIP score of 64 random images both ways; prints and returns what was found."""
+    import jax
+    import jax.numpy as jnp
+
+    from diffusion_grpo.clip_embedding import CLIPEmbedder
+    from diffusion_grpo.reward_bench import clip_round_trip
+
+    embedder = CLIPEmbedder.from_pretrained("clip", checkpoint, CLIP_IMAGES)
+    height, width, _ = work.shape
+    factor = work.model.vae.config.downscale_factor
+    shape = (CLIP_IMAGES, factor * height, factor * width, 3)
+    images = jax.random.randint(jax.random.key(0), shape, 0, 256).astype(jnp.uint8)
+    found = clip_round_trip(embedder, images, ["a picture"] * CLIP_IMAGES, repeats=repeats)
+    print(
+        f"CLIP score of {found.images} images of {shape[1]} x {shape[2]}: "
+        f"{1000 * found.device_seconds:.1f} ms on the device, "
+        f"{1000 * found.host_seconds:.1f} ms through the host and Pillow",
+        flush=True,
+    )
+    return dataclasses.asdict(found)
