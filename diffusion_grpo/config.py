@@ -145,9 +145,9 @@ def demo() -> Config:
             rewards=("clip=1.0",), options=("clip.model=shapes-clip", "shapes.partial_credit=false")
         ),
         grpo=GRPOOptions(
-            clip_low=2.9e-4, clip_high=2.9e-4, beta=0.01, updates_per_rollout=1, microbatch=32
+            clip_low=2.9e-4, clip_high=2.9e-4, beta=0.0, updates_per_rollout=1, microbatch=32
         ),
-        optim=OptimConfig(learning_rate=1e-4, beta2=0.99, warmup_iterations=4),
+        optim=OptimConfig(learning_rate=2e-4, beta2=0.99, warmup_iterations=4, ema_decay=0.95),
         eval=EvalConfig(num_prompts=360, num_steps=20, gold=("shapes",)),
         run=RunConfig(output="runs/demo", iterations=120),
     )
