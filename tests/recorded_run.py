@@ -37,7 +37,7 @@ def record_run(
         *("--run.output", str(directory), "--iterations", str(iterations)),
         *("--reward", "clip", "--eval.gold", "shapes"),
         *("--rollout.prompts-per-iteration", str(prompts)),
-        *("--rollout.images-per-prompt", str(group)),
+        *("--rollout.images-per-prompt", str(group), "--grpo.best-and-worst", "None"),
     ]
     (directory / "config.yaml").write_text(to_yaml(load_config("demo", flags)))
     rng = np.random.default_rng(seed)

@@ -34,7 +34,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMAND = r"(?:\.venv/bin/)?diffusion-grpo [^`\n]*?"
 
 TINY = """--rollout.height 32 --rollout.width 32 --rollout.prompts-per-iteration 1
---rollout.images-per-prompt 2 --rollout.num-steps 2 --rollout.microbatch 2 --grpo.microbatch 2
+--grpo.best-and-worst None --rollout.images-per-prompt 2
+--rollout.num-steps 2 --rollout.microbatch 2 --grpo.microbatch 2
 --grpo.updates-per-rollout 1 --eval.num-prompts 1 --eval.num-steps 2 --iterations 1
 --model path/to/checkpoint""".split()
 # The gold reward of the demo reads pictures of the embedded world's size only.

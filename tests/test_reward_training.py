@@ -27,7 +27,8 @@ def contrast(images, prompts, metadata):
     return images.std(axis=(1, 2, 3)) / 255
 '''
 TINY = """--model shapes-diffusion --model.lora-rank 2 --rollout.prompts-per-iteration 2
---rollout.images-per-prompt 2 --rollout.num-steps 2 --rollout.microbatch 2 --grpo.microbatch 4
+--grpo.best-and-worst None --rollout.images-per-prompt 2
+--rollout.num-steps 2 --rollout.microbatch 2 --grpo.microbatch 4
 --rollout.guidance-scale 1 --eval.num-prompts 2 --eval.num-steps 1 --run.iterations 2
 --grpo.updates-per-rollout 1 --prompts.train shapes --prompts.heldout shapes_heldout
 --run.sample-every 0""".split()

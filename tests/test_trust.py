@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import diffusion_grpo
 from diffusion_grpo.checkpoint import Checkpoints
+from diffusion_grpo.commands.sample import _write_singles
 from diffusion_grpo.config import Config, load_config
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.prompt_files import load_prompts
@@ -149,3 +150,13 @@ def test_any_damage_of_checkpoints_is_survived_or_told(data, saved, tmp_path_fac
         assert "no checkpoint in" in str(error)
     finally:
         checkpoints.close()
+
+
+@pytest.mark.parametrize("text", ["../../evil", "/etc/passwd", "..", "a\x00b\n../c", "." * 300])
+def test_no_prompt_leads_a_file_out_of_its_folder(text, tmp_path):
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    folder = tmp_path / "inner" / "singles"
+    written = _write_singles(folder, images, [text], 2, {})
+    assert len(written) == 2 and all(path.parent == folder for path in written)
+    assert sorted(folder.iterdir()) == sorted(written)
+    assert list(tmp_path.iterdir()) == [tmp_path / "inner"]

@@ -16,6 +16,10 @@ from diffusion_grpo.errors import UsageError
 
 # What is small enough to be measured in seconds to minutes; flags change it.
 GEOMETRIES: dict[str, dict[str, dict[str, Any]]] = {
+    "demo": {
+        "rollout": {"prompts_per_iteration": 8, "images_per_prompt": 8},
+        "grpo": {"best_and_worst": None},
+    },
     "sd15": {
         "rollout": {
             "prompts_per_iteration": 2,
