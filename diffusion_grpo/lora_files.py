@@ -41,6 +41,7 @@ _PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
+_BARE = re.compile(r"base_model\.model\.encoder\.layers\.")
 _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
     r"(?:\.\w+)?\.weight$|(?P<scaled>.+)\.alpha$"
@@ -104,7 +105,10 @@ def load_lora(
     """
     for part, factors in read_lora(source, model).items():
         module = getattr(model, part)
-        insert_lora(module, factors, name=name)
+        try:
+            insert_lora(module, factors, name=name)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
         if weight != 1:
             weight_lora(module, {name: weight})
 
@@ -180,7 +184,9 @@ def _without_processor(match: re.Match[str]) -> str:
 def _part(layer: str) -> tuple[str, str]:
     for prefix, part in _PREFIXES.items():
         if layer.startswith(prefix):
-            return part, layer.removeprefix(prefix)
+            rest = layer.removeprefix(prefix)
+            # Transformers 5 has no `text_model` around a text encoder, that PEFT could write.
+            return "text_encoder" if _BARE.match(layer) else part, rest
     return "unet", layer
 
 

@@ -104,12 +104,13 @@ def export(
     """Write the fine-tuned pipeline, adapters merged, in the Diffusers layout, with a model card.
 
     It says to be sampled as it was evaluated: with the guidance it was trained with. An adapter is
-    under `lora/` too, by itself.
+    under `lora/` too, by itself. The kernels that it is merged into are written in float32, for
+    bfloat16 would round most of it away.
     """
     unet = policy.unet(trained)
     if config.model.trainable == "lora":
         write_lora({"unet": lora_factors(unet)}, directory / "lora" / FILE)
-    merge_lora(unet)
+    merge_lora(unet, dtype=jnp.float32)
     sampling = SamplingDefaults(
         config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
     )

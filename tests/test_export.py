@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,11 @@ from tiny_run import config
 from torch_checkpoints import TOKENS, TWO_LEVELS, WIDTH, write_pipeline
 
 from diffusion_grpo.cli import main
+from diffusion_grpo.config import to_yaml
 from diffusion_grpo.lora_files import FILE
+from diffusion_grpo.pipeline import make_policy
+from diffusion_grpo.preparation import load_model, lora_options
+from diffusion_grpo.results import export as export_final
 from diffusion_grpo.train import train
 
 
@@ -66,6 +72,31 @@ def test_the_merged_network_is_the_trained_one(finished, trained, tmp_path):
     export(finished, tmp_path / "unet", "--format", "merged")
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     np.testing.assert_allclose(output_of(unet), trained[0], atol=1e-6)
+
+
+def test_an_adapter_too_small_for_bfloat16_is_not_lost_in_a_bfloat16_run(checkpoint, tmp_path):
+    """The update is a thousandth of a kernel; merged into bfloat16, most entries would not move."""
+    settings = config(checkpoint, tmp_path, model__trainable="lora", model__dtype="bfloat16")
+    (tmp_path / "config.yaml").write_text(to_yaml(settings))
+    model = load_model(settings, checkpoint)
+    policy = make_policy(model, guidance_scale=1.0, lora=lora_options(settings))
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(1e-3 * rng.normal(size=leaf.shape), jnp.float32),
+        policy.trained,
+    )
+    export_final(settings, model, policy, trained, tmp_path / "final")
+
+    adapter = load_file(tmp_path / "final" / "lora" / FILE)
+    base = UNet2DConditionModel.from_pretrained(checkpoint / "unet").state_dict()
+    written = UNet2DConditionModel.from_pretrained(tmp_path / "final" / "unet").state_dict()
+    for path in {key.partition(".lora_")[0].removeprefix("unet.") for key in adapter}:
+        a, b = (adapter[f"unet.{path}.lora_{name}.weight"] for name in "AB")
+        change = b.astype(np.float64) @ a
+        held = base[f"{path}.weight"].bfloat16().double().numpy()  # what the run computed with
+        assert 0 < np.linalg.norm(change) < 5e-3 * np.linalg.norm(held)
+        found = written[f"{path}.weight"].double().numpy() - held
+        np.testing.assert_allclose(found, change, atol=1e-2 * np.abs(change).max())
 
 
 def test_the_pipeline_in_half_precision(finished, tmp_path):
