@@ -11,12 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_grpo import processes
 from diffusion_grpo.advantages import uninformative_groups
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation, standard_error
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
 from diffusion_grpo.images import before_after_grid, image_grid, save_image
 from diffusion_grpo.lora import merge_lora
+from diffusion_grpo.mesh import alone, to_host
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.sampling import SamplingDefaults
 
@@ -101,11 +103,19 @@ def export(
 ) -> None:
     """Write the fine-tuned pipeline, adapters merged, in the Diffusers layout.
 
-    It says to be sampled as it was evaluated: with the guidance it was trained with.
+    It says to be sampled as it was evaluated: with the guidance it was trained with. All processes
+    have to call it, since parameters may be divided over them.
     """
-    unet = policy.unet(trained)
-    merge_lora(unet)
-    sampling = SamplingDefaults(
-        config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
-    )
-    dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)
+    frozen = policy.frozen
+    if processes.count() > 1:
+        writes = processes.leads()
+        trained, frozen = to_host(trained, keep=writes), to_host(frozen, keep=writes)
+    if not processes.leads():
+        return
+    with alone():
+        unet = policy.unet(trained, frozen)
+        merge_lora(unet)
+        sampling = SamplingDefaults(
+            config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
+        )
+        dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)
