@@ -25,6 +25,8 @@ SEEN = "diffusion-grpo/seen"  # which processes have read it
 POLL_SECONDS = 0.5
 LINGER_SECONDS = 10.0  # at most, until the others have read it
 
+_ending = threading.Lock()
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
@@ -189,7 +191,7 @@ def _leave(done: threading.Event) -> None:
 
 def _end_all(error: BaseException, exit_code: Callable[[BaseException], int]) -> None:
     """Say why, to the user and to the other processes, and end this one."""
-    from diffusion_grpo.processes import count, rank, service
+    from diffusion_grpo.processes import rank, service
 
     code, message = exit_code(error), str(error) or type(error).__name__
     client = service()
@@ -198,11 +200,11 @@ def _end_all(error: BaseException, exit_code: Callable[[BaseException], int]) ->
     earlier = _report(client, {"process": rank(), "code": code, "message": message}, seconds)
     if earlier is not None:
         _follow(earlier)
+    _claim()
     print(f"diffusion-grpo: process {rank()}: {message}", file=sys.stderr, flush=True)
     if code == 1 and not _mended_by_user(error):
         traceback.print_exception(error)
-    _linger(client, count())
-    _exit(code)
+    _depart(code, failed=True)
 
 
 def _report(client: Any, failure: dict[str, Any], seconds: float) -> dict[str, Any] | None:
@@ -258,24 +260,44 @@ def _failure(client: Any, *, seconds: float = 0.0) -> dict[str, Any] | None:
 
 def _follow(failure: dict[str, Any]) -> None:
     """End as the process that failed does."""
-    from diffusion_grpo.processes import rank, service
+    from diffusion_grpo.processes import rank
 
+    _claim()
     if failure["process"] != rank():
         told = f"diffusion-grpo: ended, since process {failure['process']} did: "
         print(told + failure["message"], file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):
-            service().key_value_set(f"{SEEN}/{rank()}", "")
-    _exit(failure["code"])
+    _depart(failure["code"], failed=False)
 
 
-def _linger(client: Any, processes: int) -> None:
-    """Wait until the others have read the message, which goes with process 0."""
-    until = time.monotonic() + LINGER_SECONDS
+def _claim() -> None:
+    """Let one thread of this process end it: the watcher, or the one that failed meanwhile."""
+    if not _ending.acquire(blocking=False):
+        threading.Event().wait()
+
+
+def _depart(code: int, *, failed: bool) -> None:
+    """End this process, in an order that lets every other one read why.
+
+    The one that failed waits for the others, and process 0, with which the service goes that they
+    ask, is the last.
+    """
+    from diffusion_grpo.processes import count, rank, service
+
+    client, last = service(), rank() == 0
     with contextlib.suppress(Exception):
-        while len(client.key_value_dir_get(f"{SEEN}/")) < processes - 1:
-            if time.monotonic() >= until:
-                return
-            time.sleep(0.1)
+        if failed:
+            _wait_for_seen(client, count() - 1)
+        client.key_value_set(f"{SEEN}/{rank()}", "")
+        if last:
+            _wait_for_seen(client, count())
+            time.sleep(1.0)  # they have said so, and are about to end
+    _exit(code)
+
+
+def _wait_for_seen(client: Any, number: int) -> None:
+    until = time.monotonic() + LINGER_SECONDS
+    while len(client.key_value_dir_get(f"{SEEN}/")) < number and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def _by_another(error: BaseException) -> bool:
