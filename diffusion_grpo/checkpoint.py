@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from diffusion_grpo import processes
 from diffusion_grpo.errors import RewardError, RunError, UsageError
 
 DAMAGED = "checkpoints.damaged"  # beside the checkpoints: those that could not be read
@@ -105,7 +106,7 @@ class Checkpoints:
             RunError: this or the last checkpoint could not be written.
         """
         self.wait()
-        if step in self.steps:
+        if processes.of_leader(step in self.steps, f"checkpoint {step}"):
             return
         held = {"tree": tree, "checksums": checksums(tree)}
         metrics = None if quality is None else {"quality": float(quality)}
@@ -176,8 +177,11 @@ class Checkpoints:
         self.wait()
         damaged: list[tuple[int, str]] = []
         held = {"tree": template, "checksums": checksums(template)}
-        for step in reversed(self.steps):
+        for step in processes.of_leader(self.steps[::-1], "the checkpoints that there are"):
             found, reason = self._read(step, held)
+            reasons = processes.exchange(reason, f"checkpoint {step}")
+            if any(reasons):  # what one process cannot read, none goes on from
+                found, reason = None, next(filter(None, reasons))
             if found is None:
                 damaged.append((step, reason))
                 continue
@@ -220,6 +224,7 @@ class Checkpoints:
             for step in steps:
                 shutil.rmtree(place / str(step), ignore_errors=True)
                 shutil.move(self.path(step), place / str(step))
+        processes.wait_for_all("damaged checkpoints to be moved")
         self._checkpointer = self._open()
 
     def close(self) -> None:
@@ -231,6 +236,22 @@ class Checkpoints:
             told = (OSError, ValueError) if self._failed else ()
             with contextlib.suppress(*told):
                 self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def closed(checkpoints: Checkpoints) -> Iterator[None]:
+    """Close the checkpoints at the end.
+
+    Not where one of several processes fails: that would wait for the others, which go on until
+    they are told.
+    """
+    try:
+        yield
+    except BaseException:
+        if processes.count() == 1:
+            checkpoints.close()
+        raise
+    checkpoints.close()
 
 
 def checksums(tree: Any) -> UInt32[Array, " leaves"]:

@@ -37,6 +37,9 @@ RL fine-tuning of text-to-image diffusion models in JAX.
                      fine-tune a checkpoint against rewards; --help lists every field
   train --resume RUN go on with a run that was interrupted
                      both: --quiet shows no progress, --verbose every iteration;
+                     --distributed as one of several processes, which SLURM, Kubernetes or a
+                     TPU pod started, or --distributed.coordinator-address HOST:PORT
+                     --distributed.num-processes N --distributed.process-id I;
                      SIGTERM finishes the iteration, saves, and exits with 75
   sample             draw images from a checkpoint into a grid
   compare            models side by side, or a run as a time-lapse
@@ -83,20 +86,33 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{', '.join(commands)}"
             )
         return commands[words[0]](words[1:])
-    except UsageError as error:
+    except (UsageError, RewardError, RunError, Preempted) as error:
         print(f"diffusion-grpo: {error}", file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt as error:
+        return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return what an error means to the shell."""
+    if isinstance(error, UsageError):
         return 2
-    except (RewardError, RunError) as error:
-        print(f"diffusion-grpo: {error}", file=sys.stderr)
-        return 1
-    except Preempted as error:
-        print(f"diffusion-grpo: {error}", file=sys.stderr)
+    if isinstance(error, Preempted):
         return PREEMPTED_EXIT_CODE
-    except KeyboardInterrupt:
-        return 130
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _train(words: list[str]) -> int:
+    from diffusion_grpo.distributed import split_launch, together
+
+    launch, words = split_launch(words)
+    _prepare_jax()
+    with together(launch, exit_code):
+        _run(words)
+    return 0
+
+
+def _run(words: list[str]) -> None:
     from diffusion_grpo.config import load_config
 
     loudness = {name: f"--{name}" in words for name in ("quiet", "verbose")}
@@ -106,23 +122,25 @@ def _train(words: list[str]) -> int:
     if words and words[0] == "--resume":
         if len(words) != 2:
             raise UsageError(
-                "train --resume takes one run directory and no other option: a run keeps its config"
+                "train --resume takes one run directory and no other option but --distributed: a "
+                "run keeps its config"
             )
         config = load_config(str(Path(words[1]) / "config.yaml"), ["--run.output", words[1]])
         resume = True
     else:
         start = words.pop(0) if words and not words[0].startswith("-") else None
         config, resume = load_config(start, words), False
-    _prepare_jax()
+    from diffusion_grpo.processes import leads
     from diffusion_grpo.train import train
 
     result = train(config, resume=resume, **loudness)
+    if not leads():
+        return
     print(f"run directory: {result.directory}")
     print(f"  before and after: {result.directory / 'samples' / 'before_after.png'}")
     print(f"  fine-tuned model: {result.directory / 'final'}")
     if config.run.report:
         print(f"  report: {result.directory / 'report.html'}")
-    return 0
 
 
 def _module(name: str, words: list[str]) -> int:

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from diffusion_grpo.components import TextEncoder
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.mesh import by_rows, replicated, shards
+from diffusion_grpo.mesh import by_rows, on_devices, replicated, shards
 from diffusion_grpo.models.clip import CLIPTextModel
 from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.pretrained import TIME_IDS, StableDiffusion
@@ -136,7 +136,7 @@ def _encode(
     words = tokenizer(padded, padding="max_length", truncation=True, max_length=length)
     ids = np.asarray(words["input_ids"], np.int32)
     graphdef, weights = nnx.split(encoder)
-    weights = jax.device_put(weights)
+    weights = on_devices(weights)
 
     def states(encoder: TextEncoder, layers: tuple[Array, ...], skip: int) -> Array:
         last = len(layers) - 1 - skip - penultimate  # layers[0] are the embeddings

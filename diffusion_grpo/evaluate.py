@@ -9,17 +9,19 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from diffusion_grpo import processes
 from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config, PromptsConfig
+from diffusion_grpo.divided_scoring import DividedScoring, start_scoring
 from diffusion_grpo.gaussian import Reduction, gaussian_kl
-from diffusion_grpo.mesh import by_rows
+from diffusion_grpo.mesh import by_rows, own_rows, to_host
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
     latent_shape,
@@ -154,35 +156,38 @@ class Evaluator:
         Raises:
             RewardError: a reward failed; an evaluation drops no group.
         """
-        count = len(self.texts)
-        images, judges = [], [self._rewards, *([self._gold] if self._gold else [])]
+        division = divide_rows(len(self.texts), self._images_per_prompt, self._chunk)
+        own, left = division.own, division.own.stop - division.own.start
+        drawn, judges = [], [self._rewards, *([self._gold] if self._gold else [])]
         with contextlib.ExitStack() as stack:
-            scorings = [stack.enter_context(self._start(judge)) for judge in judges]
-            for part in self._drawn(trained):
-                images.append(part[: count - sum(map(len, images))])
-                for scoring in scorings:
-                    scoring.add(images[-1])
+            scorings = [stack.enter_context(self._start(judge, own)) for judge in judges]
+            for part in self._drawn(trained, division.chunks):
+                drawn.append(part)
+                for scoring in scorings if left else ():
+                    scoring.add(part[:left])
+                left -= min(left, len(part))
             results = [scoring.result() for scoring in scorings]
         result = results[0]
         scores = {name: values for found in results for name, values in found.scores.items()}
-        drawn = np.concatenate(images)
+        images = processes.gather_rows(np.concatenate(drawn), "the images of the evaluation")
         return Evaluation(
-            drawn,
+            images[division.places],
             self.texts,
             scores,
             result.total,
             trained_on=len(result.scores),
             images_per_prompt=self._images_per_prompt,
             tasks=self._tasks,
-            kl=self._measure_kl(trained),
+            kl=self._measure_kl(trained, division.chunks),
         )
 
-    def _start(self, rewards: RewardSet) -> Scoring:
-        return rewards.start(self.texts, self.metadata, group_size=self._images_per_prompt)
+    def _start(self, rewards: RewardSet, own: slice) -> Scoring | DividedScoring:
+        each = self._images_per_prompt
+        return start_scoring(rewards, self.texts[own], self.metadata[own], group_size=each)
 
-    def _drawn(self, trained: Any) -> Iterator[np.ndarray]:
-        """Draw the images, chunk by chunk of one size."""
-        for rows in padded_chunks(len(self.texts), self._chunk):
+    def _drawn(self, trained: Any, chunks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Draw the images, chunk by chunk of one size; yields those of this process."""
+        for rows in chunks:
             final = self._draw(
                 trained,
                 self._policy.frozen,
@@ -191,13 +196,14 @@ class Evaluator:
                 by_rows(self._keys[rows]),
                 by_rows_of(self._conditioning, rows),
             )
-            yield np.asarray(self._decode(final))
+            yield np.asarray(own_rows(self._decode(final)))
 
-    def _measure_kl(self, trained: Any) -> float | None:
+    def _measure_kl(self, trained: Any, chunks: Sequence[np.ndarray]) -> float | None:
         if self._kl is None:
             return None
-        parts = [
-            np.asarray(
+        each = np.zeros(len(self.texts), np.float32)
+        for rows in chunks:
+            each[rows] = to_host(
                 self._kl(
                     trained,
                     by_rows(self._initial[rows]),
@@ -205,9 +211,52 @@ class Evaluator:
                     by_rows_of(self._conditioning, rows),
                 )
             )
-            for rows in padded_chunks(len(self.texts), self._chunk)
+        return float(each.mean())
+
+
+class Division(NamedTuple):
+    """Who draws which images of an evaluation.
+
+    Attributes:
+        chunks: the images of each chunk, divided over the devices in this order.
+        own: which images are this process's: whole groups.
+        places: where each image is among those that the processes drew, joined in their order.
+    """
+
+    chunks: list[np.ndarray]
+    own: slice
+    places: np.ndarray
+
+
+def divide_rows(count: int, group: int, size: int) -> Division:
+    """Divide images over the processes, whole groups to each, in chunks of one size.
+
+    As `padded_chunks` in a single process; in several, a process draws its last image again where
+    it has fewer than another.
+
+    Args:
+        count: images, prompt by prompt.
+        group: images of a prompt.
+        size: images at a time, of all processes.
+    """
+    number, rank = processes.count(), processes.rank()
+    ends = [count // group * process // number * group for process in range(number + 1)]
+    size = len(padded_chunks(count, size)[0])
+    each = size // number
+    longest = max(np.diff(ends))
+    length = -(-longest // each) * each
+    rows = np.stack(
+        [
+            (start + np.arange(length)).clip(max=max(stop - 1, 0))
+            for start, stop in zip(ends[:-1], ends[1:], strict=True)
         ]
-        return float(np.concatenate(parts)[: len(self.texts)].mean())
+    )
+    chunks = rows.reshape(number, -1, each).swapaxes(0, 1).reshape(-1, size)
+    places = [
+        process * length + np.arange(ends[process + 1] - ends[process]) for process in range(number)
+    ]
+    own = slice(ends[rank], ends[rank + 1])
+    return Division(list(chunks), own, np.concatenate(places))
 
 
 def make_trajectory_kl(

@@ -165,17 +165,32 @@ def contact_sheet(images: np.ndarray, longest: int) -> tuple[Image.Image, int, t
     Returns:
         The sheet, the tiles a row, and a tile's (width, height).
     """
-    count, height, width, _ = images.shape
-    factor = min(1.0, longest / max(height, width))
-    tile = (max(1, round(width * factor)), max(1, round(height * factor)))
+    tiles = reduced(images, longest)
+    count, height, width, _ = tiles.shape
     columns = int(np.ceil(np.sqrt(count)))
-    sheet = Image.new("RGB", (columns * tile[0], -(-count // columns) * tile[1]), "white")
-    for index, image in enumerate(images):
-        picture = Image.fromarray(image)
-        if picture.size != tile:
-            picture = picture.resize(tile, Image.Resampling.LANCZOS)
-        sheet.paste(picture, (index % columns * tile[0], index // columns * tile[1]))
-    return sheet, columns, tile
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
+    for index, tile in enumerate(tiles):
+        sheet.paste(Image.fromarray(tile), (index % columns * width, index // columns * height))
+    return sheet, columns, (width, height)
+
+
+def reduced(images: np.ndarray, longest: int) -> np.ndarray:
+    """Reduce larger images to a longest side; others are returned as they are.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        longest: in pixels.
+
+    Returns:
+        uint8 [B, h, w, 3].
+    """
+    _, height, width, _ = images.shape
+    factor = min(1.0, longest / max(height, width))
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    if size == (width, height):
+        return images
+    pictures = [Image.fromarray(image) for image in images]
+    return np.stack([np.asarray(p.resize(size, Image.Resampling.LANCZOS)) for p in pictures])
 
 
 def _rounded(values: Any) -> list[float | None]:

@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from diffusion_grpo.errors import Preempted
+from diffusion_grpo.processes import exchange
 
 
 class StopRequest:
@@ -16,12 +17,14 @@ class StopRequest:
 
     `preempted` says that it was SIGTERM: what a scheduler sends before it takes a machine away.
     Outside of the main thread, where Python has no signal handlers, it does nothing.
+    Of several processes, any may be asked: `agreed` asks all.
     """
 
     def __init__(self) -> None:
         """Prepare; handlers are installed on entering."""
         self.requested = False
         self.preempted = False
+        self._received = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -41,14 +44,20 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def agreed(self) -> bool:
+        """Whether any process is to stop; all of them learn the same at the same point."""
+        said = exchange([self.requested, self.preempted], "whether to stop")
+        self.requested, self.preempted = (any(flags) for flags in zip(*said, strict=True))
+        return self.requested
+
     def stopped(self, resume: str) -> BaseException:
         """Return what to raise once the state is saved: by SIGTERM `Preempted`, else as Ctrl-C."""
         told = f"stopped; go on with: {resume}"
         return Preempted(told) if self.preempted else KeyboardInterrupt(told)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._received:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = self._received = True
         self.preempted = number == signal.SIGTERM
         print("stopping after this iteration; once more to stop at once", file=sys.stderr)

@@ -60,7 +60,9 @@ class Rollout(NamedTuple):
 
 def penalized(total: np.ndarray, state: LearnerState, rollout: Rollout) -> Any:
     """Return the summed reward `[B]`, less β KL where the KL is in the reward."""
-    return total if rollout.kl is None else jnp.asarray(total) - state.beta * rollout.kl
+    if rollout.kl is None:
+        return total
+    return np.asarray(jnp.asarray(total) - state.beta * rollout.kl)
 
 
 def image_advantages(

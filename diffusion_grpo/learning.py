@@ -17,7 +17,7 @@ import numpy as np
 from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.consistency import images_learned_from
 from diffusion_grpo.learner import Learner, LearnerState, Rollout
-from diffusion_grpo.mesh import by_rows, join_rows
+from diffusion_grpo.mesh import by_rows, join_rows, replicated, to_host
 from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
 from diffusion_grpo.optim import make_update, moved_average
 from diffusion_grpo.pipeline import TrainablePolicy
@@ -175,11 +175,11 @@ class GRPOLearner(Learner):
                 on_policy=number == 0,
             )
             history.append(metrics)
-        history = jax.device_get(history)
+        history = to_host(history)
         if rollout.kl is not None:
             history = [metrics | {"kl": float(rollout.kl.mean())} for metrics in history]
         if self.policy.learns_noise:
-            scales = np.exp(np.asarray(train.params["log_noise_scale"]))
+            scales = np.exp(to_host(train.params["log_noise_scale"]))
             ends = {"noise_scale/min": scales.min(), "noise_scale/max": scales.max()}
             history = [metrics | ends for metrics in history]
         return self._with_beta(state._replace(train=train), history)
@@ -206,12 +206,11 @@ class GRPOLearner(Learner):
         batch: UpdateBatch = rollout.batch
         assert rollout.plan is not None
         arguments = state.train.params, self.policy.trained, self.policy.frozen, rollout.schedule
-        return join_rows(
-            [
-                self._image_kl(*arguments, batch.take(rows), rollout.plan.active)
-                for rows in chunks(len(batch.advantages), self.config.rollout.microbatch)
-            ]
-        )
+        each = [
+            self._image_kl(*arguments, batch.take(rows), rollout.plan.active)
+            for rows in chunks(len(batch.advantages), self.config.rollout.microbatch)
+        ]
+        return replicated(join_rows(each))
 
     def _compile_image_kl(self, options: GRPOOptions) -> Any:
         policy, kind = self.policy, options.kl
@@ -311,7 +310,7 @@ class NFTLearner(Learner):
             history.append(metrics)
         decay = min(self.config.nft.decay, self.config.nft.decay_rise * iteration)
         old = self._follow(state.old, train.params, jnp.float32(decay))
-        history = jax.device_get(history)
+        history = to_host(history)
         return self._with_beta(state._replace(train=train, old=old), history)
 
 

@@ -3,14 +3,16 @@
 Images are divided over both axes, whole groups to a shard; parameters are replicated, or divided
 over `fsdp` along their largest axis that it divides, optimizer state with them. `use` makes a mesh
 the context's; everything else here reads it from there, and does nothing without one, or on a
-single device. Communication is left to GSPMD.
+single device. Communication is left to GSPMD. Arrays are those of all processes: what one of them
+wants to see of them, it takes with `own_rows` or `to_host`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffusion_grpo import processes
 from diffusion_grpo.config import Config
 from diffusion_grpo.consistency import images_learned_from
 from diffusion_grpo.errors import UsageError
@@ -32,11 +35,14 @@ Place = Callable[[Any], Any]
 def make_mesh(config: Config) -> Mesh:
     """Return the mesh of a run.
 
+    Several processes have the devices side by side, so that each has consecutive images.
+
     Raises:
-        UsageError: the axes do not fit the devices, the images do not divide over them, or there
-            are several processes.
+        UsageError: the axes do not fit the devices, or the images do not divide over them; with
+            several processes, devices are left out, or they have different numbers of them.
     """
-    options, devices = config.mesh, jax.devices()
+    options = config.mesh
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
     data = len(devices) // options.fsdp if options.data is None else options.data
     size = data * options.fsdp
     have = f"there {'is 1 device' if len(devices) == 1 else f'are {len(devices)} devices'}"
@@ -46,17 +52,31 @@ def make_mesh(config: Config) -> Mesh:
             f"{max(size, options.fsdp)} devices, but {have}; expected a product of at most "
             f"{len(devices)}"
         )
-    if jax.process_count() > 1:
-        raise UsageError(
-            f"JAX runs in {jax.process_count()} processes; expected 1, with all devices of one "
-            "machine: a run over several machines is not supported"
-        )
+    if processes.count() > 1:
+        _check_processes(devices, size)
     _check_divides(config, size)
     return Mesh(
         np.asarray(devices[:size]).reshape(data, options.fsdp),
         AXES,
         axis_types=(AxisType.Auto,) * 2,
     )
+
+
+def _check_processes(devices: Sequence[Any], size: int) -> None:
+    """Raise a `UsageError` unless all processes have as many devices, and all devices are used."""
+    each = Counter(device.process_index for device in devices)
+    if len(set(each.values())) > 1:
+        listed = ", ".join(f"{number} in process {index}" for index, number in each.items())
+        raise UsageError(
+            f"the processes have different numbers of devices: {listed}; expected as many in each, "
+            "so that each has as many images"
+        )
+    if size < len(devices):
+        raise UsageError(
+            f"the mesh has {size} devices, but the {len(each)} processes have {len(devices)}; "
+            "expected all of them, since each process has images of its own: leave --mesh.data "
+            "out, or start fewer processes"
+        )
 
 
 def _check_divides(config: Config, size: int) -> None:
@@ -80,6 +100,71 @@ def _check_divides(config: Config, size: int) -> None:
 def use(mesh: Mesh) -> AbstractContextManager[Any]:
     """Return a context in which computations run on a mesh."""
     return jax.set_mesh(mesh)
+
+
+def own_mesh() -> Mesh:
+    """Return a mesh of this process's devices alone."""
+    devices = np.asarray(jax.local_devices()).reshape(-1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def alone() -> AbstractContextManager[Any]:
+    """Return a context in which computations run on the devices of this process only.
+
+    What a process does by itself, such as rewards of its own images, would otherwise wait for the
+    others. In a single process nothing changes.
+    """
+    return jax.set_mesh(own_mesh()) if processes.count() > 1 else nullcontext()
+
+
+def own_rows(x: Any) -> Any:
+    """Return those of an array's rows that are on this process's devices, where they are.
+
+    Args:
+        x: divided over all devices along its first axis, as by `by_rows`.
+
+    Returns:
+        `[B / processes, ...]`, for computations within `alone`; the array itself in a single
+        process.
+    """
+    if processes.count() == 1:
+        return x
+    mesh = own_mesh()
+    data = {shard.device: shard.data for shard in x.addressable_shards}
+    return jax.make_array_from_single_device_arrays(
+        (x.shape[0] // processes.count(), *x.shape[1:]),
+        NamedSharding(mesh, PartitionSpec(AXES)),
+        [data[device] for device in mesh.devices.flat],
+    )
+
+
+def of_all_processes(x: Any) -> Any:
+    """Return an array that every process has the whole of as one array of all their devices."""
+    if processes.count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return x
+    return replicated(jnp.asarray(x))
+
+
+def on_devices(tree: Any) -> Any:
+    """Put arrays of the host's memory on the devices; others are there."""
+    if processes.count() == 1:
+        return jax.device_put(tree)
+    return jax.tree.map(of_all_processes, tree)
+
+
+def to_host(x: Any, *, keep: bool = True) -> Any:
+    """Return the whole of a tree's arrays as NumPy, one at a time on the devices.
+
+    Args:
+        x: arrays, however they are divided; all processes have to ask.
+        keep: without it, take part and return None in their place.
+    """
+
+    def fetched(leaf: Any) -> np.ndarray | None:
+        whole = replicated(leaf)
+        return np.asarray(whole) if keep else None
+
+    return jax.device_get(x) if processes.count() == 1 else jax.tree.map(fetched, x)
 
 
 def shards() -> int:
@@ -181,9 +266,24 @@ def take_rows(x: Any, rows: Any, axis: int = 0) -> Any:
     return _pick_rows(x, jnp.asarray(places), axis, count)
 
 
+def own_places(count: int) -> slice:
+    """Return which of `count` images, divided over all devices, are this process's."""
+    each = count // processes.count()
+    return slice(processes.rank() * each, (processes.rank() + 1) * each)
+
+
 def shard_order(count: int, size: int) -> np.ndarray:
-    """Return the places of the images in the order in which slices of `size` take them."""
-    number = shards()
+    """Return the places of a process's images in the order in which slices of `size` take them.
+
+    Args:
+        count: images of all processes.
+        size: of a slice.
+
+    Returns:
+        Places among the process's own images, which in a single process are all.
+    """
+    number = shards() // processes.count()
+    count, size = count // processes.count(), size // processes.count()
     each = np.arange(count).reshape(number, -1, size // number)
     return each.swapaxes(0, 1).reshape(-1)
 

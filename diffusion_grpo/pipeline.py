@@ -76,9 +76,10 @@ class TrainablePolicy:
         """Return the rollout's schedule with the policy's own noise, where it learns one."""
         return scaled_noise(schedule, trained["log_noise_scale"]) if self.learns_noise else schedule
 
-    def unet(self, trained: Any) -> Any:
-        """Return the network with the given trained parameters."""
-        return nnx.merge(self._graphdef, self._network(trained), self.frozen)
+    def unet(self, trained: Any, frozen: Any = None) -> Any:
+        """Return the network with the given trained parameters, and the others as they are."""
+        others = self.frozen if frozen is None else frozen
+        return nnx.merge(self._graphdef, self._network(trained), others)
 
     def _network(self, trained: Any) -> Any:
         return trained["unet"] if self.learns_noise else trained

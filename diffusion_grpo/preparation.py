@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_grpo import processes
 from diffusion_grpo.config import Config, to_yaml
+from diffusion_grpo.divided_scoring import DividedScoring
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
-from diffusion_grpo.mesh import by_rows, join_rows, take_rows
+from diffusion_grpo.mesh import by_rows, join_rows, own_rows, take_rows
 from diffusion_grpo.pipeline import TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt
@@ -114,6 +117,44 @@ def make_directory(
             f"output directory {directory} cannot be written ({error.strerror}); choose another "
             "with --run.output"
         ) from None
+
+
+def check_alike(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    """Find out whether all processes are about to do the same run.
+
+    Raises:
+        UsageError: another one has another configuration, or other prompts.
+    """
+    sides = (prompts, heldout)
+    ends = [[len(side), side[0].text, side[-1].text] if side else [] for side in sides]
+    said = {"configuration": to_yaml(config), "prompts": ends}
+    for number, other in enumerate(processes.exchange(said, "the configuration")):
+        for name, value in said.items():
+            if other[name] != value:
+                raise UsageError(
+                    f"process {number} has another {name} than process {processes.rank()}; "
+                    "expected all to be started by the same command, with the same files"
+                )
+
+
+def open_directory(
+    config: Config, directory: Path, notes: Sequence[str], *, resume: bool
+) -> AbstractContextManager[Any]:
+    """Make the run directory (`make_directory`) in the process that writes, for all to use.
+
+    Raises:
+        UsageError: as there, or another process does not see it.
+    """
+    lock: AbstractContextManager[Any] = contextlib.nullcontext()
+    if processes.leads():
+        lock = make_directory(config, directory, notes, resume=resume)
+    processes.wait_for_all("the run directory")
+    if not (directory / "config.yaml").is_file():
+        raise UsageError(
+            f"run directory {directory} is not there for process {processes.rank()}, though "
+            "process 0 has made it; expected a folder that all processes share: set --run.output"
+        )
+    return lock
 
 
 def load_model(config: Config, source: Path) -> StableDiffusion:
@@ -265,10 +306,12 @@ def _part(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
     return jax.tree.map(lambda x: take_rows(x, rows), conditioning[0]), conditioning[1]
 
 
-def decode_and_score(decode: Any, images: list[Any], scoring: Scoring, latents: jax.Array) -> None:
+def decode_and_score(
+    decode: Any, images: list[Any], scoring: Scoring | DividedScoring, latents: jax.Array
+) -> None:
     """Decode what was just drawn, keep the images, and hand them to the rewards."""
     images.append(decode(latents))
-    scoring.add(images[-1])
+    scoring.add(own_rows(images[-1]))
 
 
 def decode_chunks(decode: Any, latents: jax.Array, size: int) -> jax.Array:

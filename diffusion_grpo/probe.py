@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.mesh import to_host
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.steps import StepPlan
 from diffusion_grpo.trajectories import UpdateBatch
@@ -58,7 +59,7 @@ def measure_drift(
             empty = loss.zeros(params)
             changes.append(loss.accumulate(empty, *common, i, none, Shares(zero, zero))[2])
         break
-    return np.abs(np.concatenate([np.asarray(change, np.float64) for change in changes]))
+    return np.abs(np.concatenate([to_host(change).astype(np.float64) for change in changes]))
 
 
 def check_drift(drift: np.ndarray, plan: StepPlan, *, clips: bool, allow: bool) -> str:

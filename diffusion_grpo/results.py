@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_grpo import processes
 from diffusion_grpo.advantages import uninformative_groups
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation, standard_error
@@ -18,6 +19,7 @@ from diffusion_grpo.evaluation_summary import summarize, to_markdown
 from diffusion_grpo.images import before_after_grid, image_grid, save_image
 from diffusion_grpo.lora import lora_factors, merge_lora
 from diffusion_grpo.lora_files import FILE, write_lora
+from diffusion_grpo.mesh import alone, to_host
 from diffusion_grpo.model_card import model_card
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.sampling import SamplingDefaults
@@ -105,15 +107,23 @@ def export(
 
     It says to be sampled as it was evaluated: with the guidance it was trained with. An adapter is
     under `lora/` too, by itself. The kernels that it is merged into are written in float32, for
-    bfloat16 would round most of it away.
+    bfloat16 would round most of it away. All processes have to call it, since parameters may be
+    divided over them.
     """
-    unet = policy.unet(trained)
-    if config.model.trainable == "lora":
-        write_lora({"unet": lora_factors(unet)}, directory / "lora" / FILE)
-    merge_lora(unet, dtype=jnp.float32)
-    sampling = SamplingDefaults(
-        config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
-    )
-    dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)
-    card = model_card(directory.parent, "diffusers", sampling)
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    frozen = policy.frozen
+    if processes.count() > 1:
+        writes = processes.leads()
+        trained, frozen = to_host(trained, keep=writes), to_host(frozen, keep=writes)
+    if not processes.leads():
+        return
+    with alone():
+        unet = policy.unet(trained, frozen)
+        if config.model.trainable == "lora":
+            write_lora({"unet": lora_factors(unet)}, directory / "lora" / FILE)
+        merge_lora(unet, dtype=jnp.float32)
+        sampling = SamplingDefaults(
+            config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
+        )
+        dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)
+        card = model_card(directory.parent, "diffusers", sampling)
+        (directory / "README.md").write_text(card, encoding="utf-8")

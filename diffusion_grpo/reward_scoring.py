@@ -206,17 +206,32 @@ class Scoring:
         Raises:
             RewardError: too few.
         """
-        missing = np.any([np.isnan(values) for values in scores.values()], axis=0)
+        missing = np.isnan(np.stack(list(scores.values()))).any(axis=0)
         if self._group_size is None or not missing.any():
             return ~missing
         groups = missing.reshape(-1, self._group_size).any(axis=1)
-        if groups.mean() > self._max_dropped:
-            notes = [note for run in self._runs for note in run.notes]
-            raise RewardError(
-                f"{groups.sum()} of {len(groups)} groups were dropped, more than the share of "
-                f"reward.max_dropped = {self._max_dropped:g}; the last: {notes[-1]}"
-            )
+        notes = [note for run in self._runs for note in run.notes]
+        check_dropped(missing, self._group_size, self._max_dropped, notes)
         return ~groups.repeat(self._group_size)
+
+
+def check_dropped(
+    missing: np.ndarray, group_size: int, max_dropped: float, notes: Sequence[str]
+) -> None:
+    """Raise a `RewardError` if the groups with a missing score are more than a share of all.
+
+    Args:
+        missing: `[B]`.
+        group_size: G.
+        max_dropped: the largest share.
+        notes: what was dropped, and why; the last one is told.
+    """
+    groups = missing.reshape(-1, group_size).any(axis=1)
+    if groups.mean() > max_dropped:
+        raise RewardError(
+            f"{groups.sum()} of {len(groups)} groups were dropped, more than the share of "
+            f"reward.max_dropped = {max_dropped:g}; the last: {notes[-1]}"
+        )
 
 
 class _Part:

@@ -1,8 +1,8 @@
 """The run: prompts → encode → rollout → decode → reward → advantages → update, and again.
 
 `train` reads top to bottom like that line. Everything it calls is pure functions over arrays, or
-prepared once before the loop; only this module, `preparation.py`, `results.py` and `cli.py` know of
-files, progress and loggers.
+prepared once before the loop; only this module, `preparation.py`, `run_output.py`, `results.py` and
+`cli.py` know of files, progress and loggers. Of several processes each runs all of it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_grpo.checkpoint import Checkpoints
+from diffusion_grpo.checkpoint import Checkpoints, closed
 from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config
+from diffusion_grpo.divided_scoring import load_rewards, start_scoring
 from diffusion_grpo.errors import RunError
 from diffusion_grpo.evaluate import Evaluation, Evaluator
-from diffusion_grpo.faults import check_present, explained, nonfinite_message, phase
-from diffusion_grpo.images import image_grid, save_image
+from diffusion_grpo.faults import explained, nonfinite_message, phase
 from diffusion_grpo.interrupt import StopRequest
 from diffusion_grpo.learner import LearnerState, image_advantages, penalized
 from diffusion_grpo.learning import make_learner
@@ -34,35 +34,31 @@ from diffusion_grpo.mesh import (
     divided,
     join_rows,
     make_mesh,
+    of_all_processes,
+    own_places,
     place_module,
     placement,
     replicated,
     shard_order,
     use,
 )
-from diffusion_grpo.metrics import MetricsLog, Progress
+from diffusion_grpo.metrics import MetricsLog
 from diffusion_grpo.pipeline import latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
+    check_alike,
     check_directory,
     check_prompts,
     decode_and_score,
     load_model,
     lora_options,
-    make_directory,
+    open_directory,
 )
 from diffusion_grpo.pretrained import check_layout, local_directory
+from diffusion_grpo.processes import leads, of_leader
 from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch, upcoming_prompts
-from diffusion_grpo.recorder import Recorder
-from diffusion_grpo.results import (
-    describe,
-    export,
-    save_evaluation_grid,
-    save_results,
-    update_metrics,
-    zero_groups,
-)
-from diffusion_grpo.reward import RewardSet
+from diffusion_grpo.results import export, update_metrics, zero_groups
 from diffusion_grpo.rollout import image_keys, initial_noise
+from diffusion_grpo.run_output import RunOutput
 from diffusion_grpo.trackers import check_trackers
 
 
@@ -118,10 +114,13 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
         config.model.pretrained, revision=config.model.revision, variant=config.model.variant
     )
     check_layout(source)
-    directory = check_directory(config, resume)
+    check_alike(config, prompts, heldout)
+    directory = Path(config.run.output)
+    if leads():
+        check_directory(config, resume)
     settings = config.reward_settings()
-    rewards = RewardSet.load(config.training_rewards(), **settings)
-    gold = RewardSet.load(gold_specs, **settings) if gold_specs else None
+    rewards = load_rewards(config.training_rewards(), **settings)
+    gold = load_rewards(gold_specs, **settings) if gold_specs else None
     check_prompts(config, prompts, heldout, rewards, gold)
     check_trackers(config)
     with phase("loading the model"):
@@ -147,41 +146,40 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     state = learner.init(len(prompts))
 
     # The directory, and what a run before left there.
-    lock = make_directory(config, directory, learner.notes, resume=resume)
-    checkpoints = Checkpoints(directory / "checkpoints", keep=config.run.keep_checkpoints)
+    lock = open_directory(config, directory, learner.notes, resume=resume)
+    checkpoints = Checkpoints(
+        directory / "checkpoints", keep=config.run.keep_checkpoints, writes=leads()
+    )
     again = f"diffusion-grpo train --resume {shlex.quote(str(directory))}"
     start, notes = 0, learner.notes
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock)
-        if resume and checkpoints.latest is not None:
+        if resume and of_leader(checkpoints.latest, "the last checkpoint") is not None:
             start, restored, damaged = checkpoints.restore(leaves(state))
             state = jax.tree.unflatten(jax.tree.structure(state), restored["leaves"])
             notes = [*notes, *damaged]
-        log = MetricsLog(directory)
-        log.truncate_after(start - 1)
+        log = MetricsLog(directory) if leads() else None
+        if log is not None:
+            log.truncate_after(start - 1)
         stack.pop_all()
 
     with (
         lock,
         explained(directory, checkpoints, again),
-        contextlib.closing(checkpoints),
-        log,
-        Progress(config.run.iterations, start=start, quiet=quiet, verbose=verbose) as progress,
-        Recorder(config, directory, start=start) as recorder,
+        closed(checkpoints),
+        RunOutput(config, directory, log, start=start, quiet=quiet, verbose=verbose) as output,
         StopRequest() as stop,
     ):
         for note in notes:
-            progress.message(note)
-        progress.message(f"evaluating before training on {evaluator.description}")
+            output.message(note)
+        output.message(f"evaluating before training on {evaluator.description}")
         with checkpoints.kept(start, leaves(state), resume=again), phase("evaluation"):
             before = evaluator(policy.trained)
-        progress.message(describe(before, "before"))
-        recorder.evaluation(0, before)
-        save_evaluation_grid(before, directory / "samples" / "before.png", "before training")
+        output.before(before)
 
         done = encoded = start
         for iteration in range(start, config.run.iterations):
-            if stop.requested:  # here the state is whole, and saved or made anew in no time
+            if stop.agreed():  # here the state is whole, and saved or made anew in no time
                 checkpoints.save(iteration, leaves(state))
                 checkpoints.wait()
                 raise stop.stopped(again)
@@ -208,12 +206,17 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             step_keys = by_rows(image_keys(seed, iteration, index, group, "step_noise"))
             noise = initial_noise(start_keys, shape)
             group_size = rollout.images_per_prompt
-            order = shard_order(len(group), rollout.microbatch)
+            own, order = own_places(len(group)), shard_order(len(group), rollout.microbatch)
             with (
                 checkpoints.kept(iteration, leaves(state), resume=again),
                 phase("sampling"),
-                rewards.start(
-                    texts, metadata, group_size=group_size, may_drop=True, order=order
+                start_scoring(
+                    rewards,
+                    texts[own],
+                    metadata[own],
+                    group_size=group_size,
+                    may_drop=True,
+                    order=order,
                 ) as scoring,
             ):
                 chunks: list[jax.Array] = []
@@ -230,7 +233,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                 sampled = time.perf_counter()
                 result = scoring.result()
             for note in result.notes:
-                progress.message(note)
+                output.message(note)
 
             # advantages, within each group
             advantages, history = image_advantages(
@@ -249,7 +252,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             loss_keys = by_rows(image_keys(seed, iteration, index, group, "loss"))
             with phase("the update"):
                 if iteration == start and (drift := learner.probe(state, drawn)):
-                    progress.message(drift)
+                    output.message(drift)
                 state, updates = learner.learn(
                     state._replace(history=history), drawn, advantages, iteration, loss_keys
                 )
@@ -270,15 +273,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                 "images_per_second": rollout.num_images / (updated - began),
             }
             done = iteration + 1
-            check_present(directory)
-            recorder.rollout(
-                iteration,
-                np.asarray(images),
-                texts,
-                {"total": result.total} | result.scores,
-                np.asarray(advantages),
-                rollout.images_per_prompt,
-            )
+            output.rollout(iteration, images, texts, result, advantages)
             stopped = quality = None
             try:
                 if evaluation_due(config, done):
@@ -287,52 +282,39 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                         phase("evaluation"),
                     ):
                         evaluation = evaluator(state.train.evaluated)
-                    metrics |= {f"eval/{k}": v for k, v in evaluation.metrics().items()}
-                    metrics["time/evaluate"] = time.perf_counter() - updated
-                    progress.message(describe(evaluation, f"iteration {done}"))
-                    recorder.evaluation(done, evaluation)
-                    stopped = recorder.stop_reason()
-                    if config.eval.keep_best and recorder.is_best(done):
-                        quality = recorder.quality(done)
+                    stopped, quality = output.evaluation(done, evaluation, metrics, updated)
+                    if quality is not None:
                         export(config, model, policy, state.train.evaluated, directory / "best")
             finally:  # the iteration is done, whatever comes of its evaluation
                 if done % config.run.log_every == 0:
-                    log.write(iteration, metrics)
-                    recorder.metrics(iteration, metrics)
+                    output.metrics(iteration, metrics)
             if config.run.sample_every and done % config.run.sample_every == 0:
-                grid = image_grid(
-                    np.asarray(images),
-                    [prompt.text for _, prompt in batch],
-                    columns=rollout.images_per_prompt,
-                    title=f"iteration {done}: reward {metrics['reward/mean']:.4f}",
-                )
-                save_image(directory / "samples" / f"iteration_{done:05d}.png", grid)
+                each = [prompt.text for _, prompt in batch]
+                output.samples(done, images, each, metrics["reward/mean"])
             if save_due(config, done) or quality is not None:
                 checkpoints.save(done, leaves(state), quality=quality)
-            progress.update(done, metrics)
+            output.update(done, metrics)
             skipped = int(state.train.nonfinite)
             if skipped > config.run.max_nonfinite:
                 checkpoints.save(done, leaves(state))
                 raise RunError(nonfinite_message(skipped, config.run.max_nonfinite))
             if stopped:
-                progress.message(stopped)
+                output.message(stopped)
                 break
 
         checkpoints.save(done, leaves(state))
         with checkpoints.kept(done, leaves(state), resume=again), phase("evaluation"):
             after = evaluator(state.train.evaluated)
-        progress.message(describe(after, "after"))
-        recorder.evaluation(done, after)
-        save_results(config, directory, before, after)
+        output.after(done, before, after)
         export(config, model, policy, state.train.evaluated, directory / "final")
-        progress.message(recorder.settle_best(done))
+        output.settle(done)
         checkpoints.wait()
     return Result(before, after, directory)
 
 
-def leaves(state: LearnerState) -> dict[str, list[jax.Array]]:
-    """Return the training state as a checkpoint holds it."""
-    return {"leaves": jax.tree.leaves(state)}
+def leaves(state: LearnerState) -> dict[str, list[Any]]:
+    """Return the training state as a checkpoint holds it, its arrays those of all processes."""
+    return {"leaves": [of_all_processes(leaf) for leaf in jax.tree.leaves(state)]}
 
 
 def evaluation_due(config: Config, done: int) -> bool:
