@@ -54,7 +54,7 @@ def make_mesh(config: Config) -> Mesh:
         )
     if processes.count() > 1:
         _check_processes(devices, size)
-    _check_divides(config, size)
+    check_divides(config, size)
     return Mesh(
         np.asarray(devices[:size]).reshape(data, options.fsdp),
         AXES,
@@ -79,7 +79,7 @@ def _check_processes(devices: Sequence[Any], size: int) -> None:
         )
 
 
-def _check_divides(config: Config, size: int) -> None:
+def check_divides(config: Config, size: int) -> None:
     """Raise a `UsageError` unless every shard gets whole groups and equal parts."""
     rollout = config.rollout
     numbers = {

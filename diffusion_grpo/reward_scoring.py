@@ -206,7 +206,7 @@ class Scoring:
         Raises:
             RewardError: too few.
         """
-        missing = np.isnan(np.stack(list(scores.values()))).any(axis=0)
+        missing = np.any([np.isnan(values) for values in scores.values()], axis=0)
         if self._group_size is None or not missing.any():
             return ~missing
         groups = missing.reshape(-1, self._group_size).any(axis=1)
@@ -226,7 +226,7 @@ def check_dropped(
         max_dropped: the largest share.
         notes: what was dropped, and why; the last one is told.
     """
-    groups = missing.reshape(-1, group_size).any(axis=1)
+    groups = np.any(missing.reshape(-1, group_size), axis=1)
     if groups.mean() > max_dropped:
         raise RewardError(
             f"{groups.sum()} of {len(groups)} groups were dropped, more than the share of "

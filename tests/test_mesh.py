@@ -143,12 +143,12 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path, changed, mess
 
 
 def test_images_that_do_not_divide_over_the_devices_are_refused(tmp_path):
-    from diffusion_grpo.mesh import _check_divides
+    from diffusion_grpo.mesh import check_divides
 
     options = config(tmp_path, tmp_path, rollout__prompts_per_iteration=2)
     with pytest.raises(UsageError, match=r"prompts_per_iteration is 2.* over 8 .*--mesh.data 2"):
-        _check_divides(options, 8)
-    _check_divides(options, 2)
+        check_divides(options, 8)
+    check_divides(options, 2)
 
 
 def test_without_a_mesh_rows_are_rows():
