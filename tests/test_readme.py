@@ -62,6 +62,13 @@ FEW = ["--num-steps", "2", "--batch-size", "4", "--quiet"]
 LOOK = {
     "report runs/demo runs/mine --output both.html": [],
     "compare runs/demo --reward clip --output compare.png": [*FEW, "--reward", "jpeg_size"],
+    "compare runs/demo --reward shapes_exact --num-prompts 24 --output compare.webp": [
+        *FEW,
+        "--num-prompts",
+        "1",
+        "--reward",
+        "brightness",
+    ],
     "compare runs/demo --strip strip.png --animation lapse.webp": [],
     "evaluate runs/demo --base runs/demo@base --reward clip jpeg_size": [
         *FEW,
