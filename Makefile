@@ -58,7 +58,7 @@ demo: $(VENV)/.run
 	echo "Pictures before and after: $$output/samples/   The trained model: $$output/final/"
 
 test: $(VENV)/.test
-	$(BIN)/pytest -n auto $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

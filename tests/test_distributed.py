@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_run import flags, lasting
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
@@ -133,7 +134,8 @@ def test_two_processes_train_as_one_of_two_devices(preempted, of_two_devices, tm
         if p.suffix in (".webp", ".png")
     }
     for path in written:
-        assert (both / path).read_bytes() == (of_two_devices / path).read_bytes(), path
+        pair = [np.asarray(Image.open(run / path).convert("RGB")) for run in (both, of_two_devices)]
+        np.testing.assert_allclose(*map(np.float32, pair), atol=2, err_msg=str(path))
     exported = "final/unet/diffusion_pytorch_model.safetensors"
     assert (both / exported).stat().st_size == (of_two_devices / exported).stat().st_size
 

@@ -84,7 +84,8 @@ def test_parameters_are_those_of_the_files(tmp_path):
 
     unet, memory = 4 * numbers("unet"), plan["memory"]
     assert memory["trained parameters"] == memory["gradient"] == memory["reference"] == unet
-    assert 2 * unet <= memory["optimizer state"] < 2 * unet + 64
+    # Two moments and the moving average that the preset keeps.
+    assert 3 * unet <= memory["optimizer state"] < 3 * unet + 64
     expected = 4 * (numbers("vae") + numbers("text_encoder"))
     np.testing.assert_allclose(memory["frozen parameters"], expected, rtol=0.05)
     assert plan["fits"] and plan["largest_microbatch"] == 4 and plan["communicated"] == 0

@@ -1,6 +1,6 @@
 """The sampler, its log-probs and their recomputation, with a small real network."""
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import flax.nnx as nnx
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import as_users_compile
 
 from diffusion_grpo.rollout import (
     Purpose,
@@ -84,10 +85,6 @@ def noise_for(indices):
     prompts, images = np.array(indices) // 4, np.array(indices) % 4
     initial = initial_noise(image_keys(0, 0, prompts, images, "initial_noise"), SHAPE)
     return initial, image_keys(0, 0, prompts, images, "step_noise")
-
-
-# Equal to the last bit is said of XLA's own level of optimization, not of the tests' lower one.
-as_users_compile = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
 
 
 @lru_cache

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from compiling import as_users_compile
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.numpy import load_file
@@ -243,7 +244,7 @@ def test_log_probs_are_recomputed_exactly_by_the_real_unet(checkpoint):
     keys = jax.random.split(jax.random.key(1), 4)
     conditioning = encode_prompts(model, ["a red circle", "a star", "two crosses", "a square"])
     for storage in (jnp.float32, jnp.bfloat16):
-        draw = jax.jit(
+        draw = as_users_compile(
             lambda p, storage=storage: sample(
                 policy.denoiser(p, policy.frozen),
                 schedule,
@@ -253,7 +254,7 @@ def test_log_probs_are_recomputed_exactly_by_the_real_unet(checkpoint):
                 storage_dtype=storage,
             )
         )
-        again = jax.jit(
+        again = as_users_compile(
             lambda p, t: trajectory_log_probs(
                 policy.denoiser(p, policy.frozen), schedule, t, conditioning, "mean"
             )

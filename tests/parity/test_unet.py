@@ -332,8 +332,11 @@ def test_gradient_checkpointing_changes_no_gradient():
             params
         )
 
-    for a, b in zip(*map(jax.tree.leaves, (gradient(graphdef), gradient(remat))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
+    plain, recomputed = (jax.tree.leaves(gradient(graph)) for graph in (graphdef, remat))
+    # What a normalization takes away has no gradient but rounding: 1e-6 of the largest.
+    largest = max(float(jnp.abs(leaf).max()) for leaf in plain)
+    for a, b in zip(plain, recomputed, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_gradients_agree_with_torch():
