@@ -16,13 +16,11 @@ os.environ.setdefault(
 # and without a lock two workers could read what the other is still writing. The controller loads
 # this file before it starts workers, and they inherit its environment.
 _compilation_cache = None
-if "PYTEST_XDIST_WORKER" in os.environ or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-    _folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
-else:
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compilation_cache = tempfile.TemporaryDirectory(prefix="diffusion-grpo-tests-")
-    _folder = _compilation_cache.name
-_worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_folder, _worker)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

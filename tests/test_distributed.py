@@ -125,7 +125,7 @@ def test_two_processes_train_as_one_of_two_devices(preempted, of_two_devices, tm
     both = shutil.copytree(preempted / "run", tmp_path / "run")
     for code, said in run(["--resume", both]):
         assert code == 0, said
-    # Only the order in which float32 numbers are summed may differ; here it is the same.
+    # Only the order in which float32 numbers are summed may differ: a level of a pixel at most.
     assert_same(of_two_devices, both, rel=1e-5)
     written = {p.relative_to(both) for p in both.rglob("*") if p.suffix in (".webp", ".png")}
     assert written == {
@@ -135,7 +135,7 @@ def test_two_processes_train_as_one_of_two_devices(preempted, of_two_devices, tm
     }
     for path in written:
         pair = [np.asarray(Image.open(run / path).convert("RGB")) for run in (both, of_two_devices)]
-        np.testing.assert_allclose(*map(np.float32, pair), atol=2, err_msg=str(path))
+        np.testing.assert_allclose(*map(np.float32, pair), atol=1, err_msg=str(path))
     exported = "final/unet/diffusion_pytorch_model.safetensors"
     assert (both / exported).stat().st_size == (of_two_devices / exported).stat().st_size
 
