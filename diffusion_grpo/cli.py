@@ -53,6 +53,7 @@ RL fine-tuning of text-to-image diffusion models in JAX.
   score              score images that are there already
   check-reward       find out whether a reward keeps the contract
   serve-reward       compute a reward for runs elsewhere
+  doctor             what this machine has, and what is wrong with it
   list rewards | prompts | metrics | presets | checkpoints
                      what comes with the project
 
@@ -60,7 +61,7 @@ diffusion-grpo COMMAND --help says more. """
 
 
 # Commands in modules of their own, under `commands/`; each returns the files that it wrote.
-MODULES = ("sample", "compare", "evaluate", "export", "report", "view", "bench", "plan")
+MODULES = ("sample", "compare", "evaluate", "export", "report", "view", "bench", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

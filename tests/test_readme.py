@@ -92,7 +92,7 @@ LOOK = {
 EXPORT = "export runs/mine --format lora --dtype float16 --output my-lora"
 ADAPTED = 'sample --model path/to/checkpoint --lora my-lora=0.8 --prompt "a red circle"'
 OTHERS = {SAMPLE, CHECK, SCORE, SERVE, EXPORT, ADAPTED, "view runs/demo"}
-OTHERS |= {"list rewards", "list prompts", "list metrics"}
+OTHERS |= {"list rewards", "list prompts", "list metrics", "doctor"}  # test_doctor.py
 
 
 def commands():
