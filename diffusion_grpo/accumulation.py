@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from diffusion_grpo.grpo import kl_estimate
+from diffusion_grpo.lanes import Lanes
+from diffusion_grpo.lanes import lanes as lane_count
 from diffusion_grpo.mesh import AXES, by_rows, replicated, split_rows
 from diffusion_grpo.trajectories import UpdateBatch
 
@@ -20,6 +23,47 @@ EXTREMES = ("ratio/min", "ratio/max")
 def divide(tree: Any, count: Array) -> Any:
     """Divide every leaf, in place."""
     return jax.tree.map(lambda x: x / count, tree)
+
+
+def sum_in_lanes(
+    lanes: Lanes,
+    add: Callable[[Any, int], tuple[Any, list[dict[str, Array]]]],
+    zeros: Callable[[], Any],
+    starts: Sequence[int],
+) -> tuple[Any, list[dict[str, Array]]]:
+    """Sum the gradients of microbatches, each lane those of its share, then over the lanes.
+
+    Which microbatch is in which lane depends on their numbers alone, so that the sum is the same
+    each time, to the bit.
+
+    Args:
+        lanes: of the programs that `add` runs.
+        add: (gradient so far, first row of a microbatch) → gradient with it, metrics.
+        zeros: the gradient to start from.
+        starts: first rows of the microbatches.
+
+    Returns:
+        The gradient, and the metrics of all microbatches.
+    """
+    count = min(lane_count(), len(starts))
+
+    def share(lane: int) -> tuple[Any, list[dict[str, Array]]]:
+        total, history = zeros(), []
+        for start in starts[lane::count]:
+            total, metrics = add(total, start)
+            history += metrics
+        return total, history
+
+    total, history = None, []
+    for part, metrics in lanes.run([partial(share, lane) for lane in range(count)]):
+        total = part if total is None else _plus(total, part)
+        history += metrics
+    return total, history
+
+
+@partial(jax.jit, donate_argnums=0)
+def _plus(tree: Any, other: Any) -> Any:
+    return jax.tree.map(jnp.add, tree, other)
 
 
 def reduce_metrics(history: list[dict[str, Array]], count: int) -> dict[str, Array]:

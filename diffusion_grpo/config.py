@@ -137,7 +137,7 @@ def demo() -> Config:
             images_per_prompt=8,
             num_steps=10,
             guidance_scale=1.0,
-            microbatch=64,
+            microbatch=32,
             same_initial_noise=True,
             window_size=3,
         ),

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config, PromptsConfig
 from diffusion_grpo.divided_scoring import DividedScoring, start_scoring
 from diffusion_grpo.gaussian import Reduction, gaussian_kl
+from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import by_rows, own_rows, to_host
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
@@ -140,7 +142,7 @@ class Evaluator:
             image_keys(options.seed, 0, *index, "evaluation_initial"), shape
         )
         self._keys = image_keys(options.seed, 0, *index, "evaluation_step")
-        self._draw = make_sampler(policy)
+        self._draw, self._lanes = make_sampler(policy), Lanes()
         self._decode = make_decoder(model)
         self._chunk = rollout.microbatch
         known = all("task" in metadata for metadata in self.metadata)
@@ -187,8 +189,9 @@ class Evaluator:
 
     def _drawn(self, trained: Any, chunks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Draw the images, chunk by chunk of one size; yields those of this process."""
-        for rows in chunks:
-            final = self._draw(
+
+        def draw(rows: np.ndarray) -> Any:
+            return self._draw(
                 trained,
                 self._policy.frozen,
                 self._schedule,
@@ -196,6 +199,8 @@ class Evaluator:
                 by_rows(self._keys[rows]),
                 by_rows_of(self._conditioning, rows),
             )
+
+        for final in self._lanes.run([partial(draw, rows) for rows in chunks]):
             yield np.asarray(own_rows(self._decode(final)))
 
     def _measure_kl(self, trained: Any, chunks: Sequence[np.ndarray]) -> float | None:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from diffusion_grpo.accumulation import divide
+from diffusion_grpo.accumulation import divide, sum_in_lanes
+from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import Place, replicated, take_rows
 from diffusion_grpo.rollout import initial_noise
 from diffusion_grpo.schedule import PredictionType, add_noise, epsilon_x0
@@ -219,22 +220,27 @@ def make_nft_gradient(loss: CompiledNFT) -> Callable[..., tuple[Any, dict[str, A
         the penalty mean‖output − output_ref‖². Metrics: `loss`, `policy_loss`, `old_distance` (the
         same square, to the old policy), and `kl`, the penalty without its weight, where it is on.
     """
-    config = loss.config
+    config, lanes = loss.config, Lanes()
 
     def gradient(
         params: Any, old: Any, reference: Any, frozen: Any, batch: NFTBatch, beta: Array
     ) -> tuple[Any, dict[str, Array]]:
         count, number = batch.timesteps.shape
         share = jnp.float32(1 / number)
-        total = jax.tree.map(jnp.zeros_like, params)
-        history: list[dict[str, Array]] = []
-        for start in range(0, count, config.microbatch):
+
+        def add(total: Any, start: int) -> tuple[Any, list[dict[str, Array]]]:
+            history: list[dict[str, Array]] = []
             mb = batch.take(slice(start, start + config.microbatch))
             for j in range(number):
                 total, metrics = loss.accumulate(
                     total, params, old, reference, frozen, mb, beta, jnp.int32(j), share
                 )
                 history.append(metrics)
+            return total, history
+
+        starts = range(0, count, config.microbatch)
+        zeros = partial(jax.tree.map, jnp.zeros_like, params)
+        total, history = sum_in_lanes(lanes, add, zeros, starts)
         metrics = {
             name: jnp.stack([values[name] for values in history]).sum() / count
             for name in history[0]

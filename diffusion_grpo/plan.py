@@ -21,6 +21,7 @@ from diffusion_grpo.config import Config
 from diffusion_grpo.costs import Cost, program_cost
 from diffusion_grpo.devices import Device
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.lanes import MOST, cores
 from diffusion_grpo.learning import GRPOLearner, make_learner
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.models.kernels import planned_for
@@ -212,20 +213,26 @@ class _Planner:
         trained, frozen = size_of(self.policy.trained), size_of(self.policy.frozen)
         optimizer, _ = make_optimizer(config.optim, 1, config.run.iterations)
         state = size_of(jax.eval_shape(optimizer.init, self.policy.trained))
+
+        def lanes(microbatches: int) -> int:
+            """How many microbatches are at work at the same time; see `lanes.py`."""
+            here = min(MOST, cores()) if device.backend == "cpu" and count == 1 else 1
+            return min(here, microbatches)
+
         held = {
             "frozen parameters": frozen + size_of(vae_weights) + self.text_bytes(),
             "trained parameters": trained,
             "reference": trained,
             "optimizer state": state + (trained if config.optim.ema_decay is not None else 0),
-            "gradient": trained,
+            "gradient": trained * lanes(images // learned),
             "trajectories": self.trajectory_bytes(images),
         }
         sample, update = self.sample(drawn), self.update(learned)
         decoded = program_cost(decode, vae_weights, self.noise(drawn))
         programs = {
-            "while sampling": round(device.slack * sample.peak),
+            "while sampling": round(device.slack * sample.peak * lanes(images // drawn)),
             "while decoding": round(device.slack * decoded.peak),
-            "while updating": round(device.slack * update.peak),
+            "while updating": round(device.slack * update.peak * lanes(images // learned)),
         }
         active, steps = self.steps()
         updates, needs = options.updates_per_rollout, self.learner.loss.config

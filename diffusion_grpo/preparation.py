@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusion_grpo.config import Config, to_yaml
 from diffusion_grpo.divided_scoring import DividedScoring
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
+from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import by_rows, join_rows, own_rows, take_rows
 from diffusion_grpo.pipeline import TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
@@ -193,6 +195,7 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
     """
     reduction = config.grpo.log_prob_reduction
     storage = DTYPES[config.rollout.storage_dtype]
+    lanes = Lanes()
 
     @jax.jit
     def chunk(
@@ -221,10 +224,14 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
         *,
         on_chunk: Callable[[jax.Array], None] | None = None,
     ) -> Trajectory:
-        parts = []
-        for rows in chunks(len(noise), config.rollout.microbatch):
+        def of(rows: slice) -> Trajectory:
             part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
-            parts.append(chunk(trained, frozen, schedule, *part))
+            return chunk(trained, frozen, schedule, *part)
+
+        parts = []
+        each = chunks(len(noise), config.rollout.microbatch)
+        for part in lanes.run([partial(of, rows) for rows in each]):
+            parts.append(part)
             if on_chunk is not None:
                 on_chunk(parts[-1].final)
         return Trajectory(
@@ -238,7 +245,7 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
 
 def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., jax.Array]:
     """Compile the sampler that keeps the clean latents alone; called as `make_rollout`'s."""
-    draw = make_sampler(policy)
+    draw, lanes = make_sampler(policy), Lanes()
 
     def final(
         trained: Any,
@@ -250,10 +257,14 @@ def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[...,
         *,
         on_chunk: Callable[[jax.Array], None] | None = None,
     ) -> jax.Array:
-        parts = []
-        for rows in chunks(len(noise), config.rollout.microbatch):
+        def of(rows: slice) -> jax.Array:
             part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
-            parts.append(draw(trained, frozen, schedule, *part))
+            return draw(trained, frozen, schedule, *part)
+
+        parts = []
+        each = chunks(len(noise), config.rollout.microbatch)
+        for part in lanes.run([partial(of, rows) for rows in each]):
+            parts.append(part)
             if on_chunk is not None:
                 on_chunk(parts[-1])
         return join_rows(parts)

@@ -24,6 +24,7 @@ from diffusion_grpo.accumulation import (
     of_shards,
     ratio_metrics,
     reduce_metrics,
+    sum_in_lanes,
 )
 from diffusion_grpo.gaussian import Reduction, gaussian_entropy, gaussian_kl, gaussian_log_prob
 from diffusion_grpo.grpo import (
@@ -32,6 +33,7 @@ from diffusion_grpo.grpo import (
     kl_estimate,
     masked_surrogate,
 )
+from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import (
     Place,
     by_rows,
@@ -346,6 +348,7 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
     """
     config = loss.config
     summed = config.ratio == "trajectory" or config.kl in ESTIMATORS
+    lanes = {True: Lanes(), False: Lanes()}  # on policy or not: programs of their own
 
     def gradient(
         params: Any,
@@ -359,9 +362,9 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
     ) -> tuple[Any, dict[str, Array]]:
         count, number = len(batch.advantages), len(plan.steps)
         shares = Shares(jnp.float32(len(plan.active) / number), jnp.float32(1 / number))
-        total = loss.zeros(params)
-        history: list[dict[str, Array]] = []
-        for start in range(0, count, config.microbatch):
+
+        def add(total: Any, start: int) -> tuple[Any, list[dict[str, Array]]]:
+            history: list[dict[str, Array]] = []
             mb = batch.take(slice(start, start + config.microbatch))
             zero = jnp.zeros_like(mb.advantages)
             pulls, common = Pulls(zero, zero, zero), (params, frozen, schedule, mb, plan, beta)
@@ -371,6 +374,10 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
             for k in range(number):
                 total, metrics, _ = loss.accumulate(total, *common, plan.steps[k], pulls, shares)
                 history.append(metrics)
+            return total, history
+
+        starts = range(0, count, config.microbatch)
+        total, history = sum_in_lanes(lanes[on_policy], add, lambda: loss.zeros(params), starts)
         metrics = reduce_metrics(history, count)
         metrics["entropy"] = loss.entropy(params, schedule, batch, plan.active)
         metrics["loss"] = metrics["policy_loss"] - config.entropy_coeff * metrics["entropy"]

@@ -95,6 +95,14 @@ def test_parameters_are_those_of_the_files(tmp_path):
     assert any("float32 on an accelerator" in line for line in plan["warnings"])
 
 
+def test_a_cpu_holds_what_its_cores_work_on_at_the_same_time(monkeypatch):
+    config = load_config("demo", [*SMALL, "--rollout.images-per-prompt", "4"])
+    cpu = DEVICES["h100"].__class__("cpu", 1e12, 1e12, 1e11, 1e11, 1e9)
+    monkeypatch.setattr("diffusion_grpo.plan.cores", lambda: 2)
+    memory = make_plan(config, find_architecture("shapes-diffusion"), cpu, 1).memory
+    assert memory["gradient"] == 2 * memory["trained parameters"]
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_said_with_a_mend_and_devices_share_the_work():
     config = load_config("demo", SMALL)
@@ -126,7 +134,7 @@ def test_sd15_has_the_published_number_of_parameters():
     [
         (["--device", "h10"], "did you mean 'h100'"),
         (["--devices", "0"], "devices is '0'"),
-        (["--devices", "3", "--device", "h100"], "rollout.microbatch is 64, which 3 devices"),
+        (["--devices", "3", "--device", "h100"], "rollout.microbatch is 32, which 3 devices"),
         (["--json", "a.txt"], "does not end in .json"),
         (
             ["--grpo.algorithm", "nft", "--grpo.kl", "mse", "--device", "h100"],
