@@ -33,8 +33,8 @@ def sum_in_lanes(
 ) -> tuple[Any, list[dict[str, Array]]]:
     """Sum the gradients of microbatches, each lane those of its share, then over the lanes.
 
-    Which microbatch is in which lane depends on their numbers alone, so that the sum is the same
-    each time, to the bit.
+    Which microbatch is in which lane depends on how many there are of both, so that the sum is the
+    same each time on as many cores, to the bit.
 
     Args:
         lanes: of the programs that `add` runs.
