@@ -20,7 +20,7 @@ function el(tag, attributes, ...children) {
   return node;
 }
 const number = (x, digits = 4) => x === null || x === undefined || Number.isNaN(x) ? "–"
-  : Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3) ? x.toExponential(2) : String(+x.toPrecision(digits));
+  : Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3) ? (+x.toPrecision(3)).toExponential() : String(+x.toPrecision(digits));
 const signed = (x) => x === null || Number.isNaN(x) ? "–" : (x > 0 ? "+" : x < 0 ? "−" : "") + number(Math.abs(x), 3);
 const tone = (x) => x > 0 ? "good" : x < 0 ? "bad" : "";
 const run = () => data.runs[state.run];
