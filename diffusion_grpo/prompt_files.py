@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.prompt_templates import inline_template, is_template, read_templates
-from diffusion_grpo.prompt_types import Prompt
+from diffusion_grpo.prompt_types import Prompt, read_weight
 from diffusion_grpo.resources import resource_path
 
 SUFFIXES = (".yaml", ".jsonl", ".txt", ".csv", ".parquet", ".yml")  # a name takes the first found
@@ -194,18 +193,3 @@ def make_prompt(values: Mapping[str, Any], *, where: str) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise UsageError(f'{where}: "prompt" is {text!r}; expected text')
     return Prompt(text.strip(), metadata, read_weight(weight, where=where))
-
-
-def read_weight(value: Any, *, where: str) -> float:
-    """Return a weight as a number; text is what CSV has.
-
-    Raises:
-        UsageError: it is not a number above 0.
-    """
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not (weight > 0 and math.isfinite(weight)):
-        raise UsageError(f'{where}: "weight" is {value!r}; expected a number above 0')
-    return weight

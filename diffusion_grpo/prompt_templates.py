@@ -39,7 +39,7 @@ import numpy as np
 import yaml
 
 from diffusion_grpo.errors import UsageError, suggest
-from diffusion_grpo.prompt_types import LazyPrompts, Prompt
+from diffusion_grpo.prompt_types import LazyPrompts, Prompt, read_weight
 from diffusion_grpo.resources import resource_path
 
 Word = dict[str, Any]  # at least "text"
@@ -290,8 +290,6 @@ def _numbered(values: Mapping[str, Any]) -> list[tuple[int, Any]]:
 
 
 def _read_template(given: Any, where: str) -> Template:
-    from diffusion_grpo.prompt_files import read_weight
-
     values = {"text": given} if isinstance(given, str) else given
     known = ("text", "weight", "metadata")
     if not isinstance(values, dict) or set(values) - set(known):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
+
+from diffusion_grpo.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,18 @@ def weight_shares(prompts: Sequence[Prompt]) -> np.ndarray:
     """Return each prompt's share of all weights, float64 [N]."""
     weights = np.array([prompt.weight for prompt in prompts], np.float64)
     return weights / weights.sum()
+
+
+def read_weight(value: Any, *, where: str) -> float:
+    """Return a weight as a number; text is what CSV has.
+
+    Raises:
+        UsageError: it is not a number above 0.
+    """
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not (weight > 0 and math.isfinite(weight)):
+        raise UsageError(f'{where}: "weight" is {value!r}; expected a number above 0')
+    return weight
