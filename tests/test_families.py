@@ -137,7 +137,7 @@ def test_components_that_do_not_belong_together_are_refused(pipelines, tmp_path)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_one_iteration_of_training(name, pipelines, tmp_path):
     words = f"""--model {pipelines[name]} --prompts.train counting --prompts.heldout counting
-        --reward.rewards jpeg_size --rollout.prompts-per-iteration 1 --rollout.images-per-prompt 2
+        --reward.rewards brightness --rollout.prompts-per-iteration 1 --rollout.images-per-prompt 2
         --rollout.num-steps 2 --rollout.microbatch 2 --grpo.microbatch 2 --eval.num-prompts 1
         --eval.num-steps 1 --run.iterations 1 --grpo.updates-per-rollout 1
         --rollout.negative-prompt blurry --run.output {tmp_path / "run"}"""

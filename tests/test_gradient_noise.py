@@ -1,0 +1,58 @@
+"""The script that measures how much of a gradient is signal: its estimate, and a real call."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import flags
+from torch_checkpoints import TWO_LEVELS, write_pipeline
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gradient_noise.py"
+_spec = importlib.util.spec_from_file_location("gradient_noise", SCRIPT)
+assert _spec is not None and _spec.loader is not None
+gradient_noise = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gradient_noise)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 2.0])
+def test_the_ratio_of_a_known_signal_in_known_noise_is_found(ratio):
+    rng = np.random.default_rng(0)
+    size, count = 20000, 40
+    signal = rng.normal(size=size)
+    signal *= np.sqrt(ratio * size) / np.linalg.norm(signal)
+    drawn = (signal + rng.normal(size=(count, size))).astype(np.float32)
+    # noise of 20000 elements, 780 pairs: the estimate's own error is 1/√(780 · 20000/2) at ratio 0
+    assert gradient_noise.signal_to_noise(drawn) == pytest.approx(ratio, rel=0.03, abs=2e-3)
+
+
+def test_elements_count_alike_whatever_their_size():
+    rng = np.random.default_rng(1)
+    drawn = 0.5 + rng.normal(size=(30, 5000))
+    drawn[:, 0] = 0
+    scaled = (drawn * np.geomspace(1e-6, 1, 5000)).astype(np.float32)
+    plain = gradient_noise.signal_to_noise(gradient_noise.by_element(drawn))
+    assert gradient_noise.signal_to_noise(gradient_noise.by_element(scaled)) == pytest.approx(
+        plain, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
+def test_it_measures_a_run_s_configuration(algorithm, tmp_path, monkeypatch, capsys):
+    words = flags(
+        write_pipeline(tmp_path / "pipeline", **TWO_LEVELS),
+        tmp_path,
+        grpo__algorithm=algorithm,
+        grpo__kl="exact" if algorithm == "grpo" else "mse",
+        nft__timesteps=1,
+        rollout__window_size=1,
+        reward__rewards="brightness",
+    )
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "demo", "--gradients", "2", "--json", *words])
+    gradient_noise.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 8 and found["gradients"] == 2 and found["seconds"] > 0
+    assert np.isfinite([found["signal_to_noise"], found["signal_to_noise_by_element"]]).all()
+    assert not (tmp_path / "run").exists()
