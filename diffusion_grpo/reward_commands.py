@@ -137,8 +137,31 @@ def score(options: ScoreOptions) -> int:
             f"{name}: mean {values.mean():.4f}, std {values.std():.4f}, "
             f"from {values.min():.4f} to {values.max():.4f}"
         )
+        if group_size is not None:
+            print(f"  {spread(values, group_size)}")
     print(options.output)
     return 0
+
+
+def spread(values: np.ndarray, group_size: int) -> str:
+    """Say how much of the scores' variance is within the prompts, which is what GRPO learns from.
+
+    The variance of all scores is the mean of the prompts' variances plus the variance of their
+    means (all of them population variances).
+
+    Args:
+        values: float32 [P·G], group by group.
+        group_size: G.
+    """
+    groups = values.reshape(-1, group_size).astype(np.float64)
+    within, between = groups.var(axis=1).mean(), groups.mean(axis=1).var()
+    total = within + between
+    share = f"{within / total:.0%} of the variance" if total else "no variance at all"
+    equal = int((np.ptp(groups, axis=1) == 0).sum())
+    return (
+        f"within a prompt: std {np.sqrt(within):.4f}, {share}; "
+        f"{equal} of {len(groups)} prompts have equal scores"
+    )
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,11 +1,13 @@
 """The guides speak of what there is: options, commands, numbers, warnings and files."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from diffusion_grpo import metrics
+from diffusion_grpo.cli import main
 from diffusion_grpo.config import PRESETS, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -21,16 +23,57 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_commands_of_runs_are_ones_that_there_are(name):
-    for line in re.findall(r"^diffusion-grpo train (.*)$", TEXTS[name], re.MULTILINE):
-        preset, *flags = line.split()
+    for line in re.findall(r"^diffusion-grpo (?:train|plan) (.*)$", TEXTS[name], re.MULTILINE):
+        preset, *flags = shlex.split(line, comments=True)
+        if "--device" in flags:  # of plan, beside the run's
+            place = flags.index("--device")
+            del flags[place : place + 2]
         load_config(preset, flags)
+
+
+def commands(name, word):
+    return re.findall(rf"^diffusion-grpo {word} (.*)$", TEXTS[name], re.MULTILINE)
+
+
+def test_rewards_of_the_guide_keep_the_contract(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(# (\w+\.py)\n.*?)```", TEXTS["rewards.md"], re.DOTALL)
+    assert len(blocks) == 3
+    for code, file in blocks:
+        Path(file).write_text(code)
+        assert main(["check-reward", file]) == 0
+        assert "the contract is kept" in capsys.readouterr().out
+
+
+def test_a_group_is_drawn_and_scored_as_the_guide_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("two.txt").write_text("a red circle\na blue square\n")
+    code = re.search(r"```python\n(# warmth\.py\n.*?)```", TEXTS["rewards.md"], re.DOTALL)
+    assert code
+    Path("warmth.py").write_text(code[1])
+    for word, few in (("sample", ["--num-steps", "2", "--quiet"]), ("score", [])):
+        (line,) = commands("rewards.md", word)
+        assert main([word, *shlex.split(line.replace("shapes_heldout", "two.txt")), *few]) == 0
+    assert "within a prompt: std" in capsys.readouterr().out
+    assert len(Path("scores.csv").read_text().splitlines()) == 17
+
+
+@pytest.mark.parametrize("word", ["sample", "export"])
+def test_options_of_the_checkpoint_guide_are_ones_that_there_are(word, capsys):
+    with pytest.raises(SystemExit):
+        main([word, "--help"])
+    known = capsys.readouterr().out
+    (line,) = commands("checkpoints.md", word)
+    for flag in re.findall(r"--[\w-]+", line):
+        assert flag in known
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_options_are_fields(name):
     sections = vars(PRESETS["demo"])
     named = re.findall(
-        rf"\b({'|'.join(sections)})\.([a-z_0-9]+(?:-[a-z0-9]+)*)\b(?!\.)", TEXTS[name]
+        rf"\b({'|'.join(sections)})\.([a-z_0-9]+(?:-[a-z0-9]+)*)\b(?!\.)",
+        TEXTS[name].replace("model.safetensors", ""),
     )
     assert named
     for section, field in named:

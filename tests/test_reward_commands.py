@@ -75,6 +75,20 @@ def test_a_folder_is_scored_without_any_model(folder, capsys) -> None:
     assert "bright: mean" in printed.out and "4/4 images" in printed.err
 
 
+def test_scores_of_groups_say_what_varies_within_a_prompt(folder, capsys) -> None:
+    (folder / "plain").mkdir()
+    for place, level in enumerate((10, 30, 50, 50)):
+        Image.new("RGB", (8, 8), (level, level, level)).save(folder / "plain" / f"{place}.png")
+    (folder / "bright.py").write_text(BRIGHT.partition(" + np")[0] + "\n")
+    words = ["--reward", "bright.py", "--images", "plain", "--group-size", "2"]
+    assert main(["score", *words]) == 0
+    # variances within: 100 and 0, so 50 in the mean; of the means 20 and 50: 225
+    assert (
+        "within a prompt: std 7.0711, 18% of the variance; 1 of 2 prompts have equal scores"
+        in capsys.readouterr().out
+    )
+
+
 def test_scores_can_be_csv_and_prompts_can_name_their_images(folder) -> None:
     lines = [{"prompt": name, "image": f"elsewhere/{name}"} for name in ("d.jpg", "a.png", "x.png")]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
