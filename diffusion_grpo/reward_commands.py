@@ -138,12 +138,12 @@ def score(options: ScoreOptions) -> int:
             f"from {values.min():.4f} to {values.max():.4f}"
         )
         if group_size is not None:
-            print(f"  {spread(values, group_size)}")
+            print(f"  {_spread(values, group_size)}")
     print(options.output)
     return 0
 
 
-def spread(values: np.ndarray, group_size: int) -> str:
+def _spread(values: np.ndarray, group_size: int) -> str:
     """Say how much of the scores' variance is within the prompts, which is what GRPO learns from.
 
     The variance of all scores is the mean of the prompts' variances plus the variance of their
