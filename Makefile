@@ -14,13 +14,14 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
   if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
     echo $$python; break; fi; done)
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint docs clean
 
 help:
 	@echo "make setup      create $(VENV) and install diffusion-grpo into it"
 	@echo "make demo       fine-tune the embedded model; pictures before and after"
 	@echo "make test       run the tests"
 	@echo "make lint       check style and types"
+	@echo "make docs       build the documentation into site/"
 	@echo "make clean      remove $(VENV) and caches; runs/ stays"
 
 $(VENV)/.created:
@@ -66,5 +67,9 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
+# Strict: a broken link fails.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file .ci/mkdocs.yml
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis

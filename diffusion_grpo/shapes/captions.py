@@ -1,10 +1,12 @@
 """Scenes to words and back: a small grammar over GenEval's six task types.
 
+```
 a [small|large] [COLOR] SHAPE                                  single_object, colors
 two|three [small|large] [COLOR] SHAPES                         counting
 a … SHAPE and a … SHAPE                                        two_object, color_attribution
 a … SHAPE left of|right of|above|below a … SHAPE               position
 each but the last optionally followed by:  on a TINT background
+```
 """
 
 from __future__ import annotations
