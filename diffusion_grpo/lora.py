@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.models.layers import rows_dot
 
 DEFAULT = "default"  # the name of an adapter that is given none
 
@@ -66,7 +67,8 @@ class LoRALinear(nnx.Linear):
         x = inputs.astype(out.dtype)
         for adapter in self.adapters.values():
             a, b, scale = adapter.factors
-            out = out + (x @ a.astype(out.dtype) @ b.astype(out.dtype)) * scale
+            low = rows_dot(x, a.astype(out.dtype))
+            out = out + rows_dot(low, b.astype(out.dtype)) * scale
         return out
 
 
@@ -88,7 +90,7 @@ class LoRAConv(nnx.Conv):
                 self.padding,  # type: ignore[arg-type]
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-            out = out + (low @ b[0, 0].astype(out.dtype)) * scale
+            out = out + rows_dot(low, b[0, 0].astype(out.dtype)) * scale
         return out
 
 

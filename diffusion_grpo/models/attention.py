@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.models.kernels import attend
-from diffusion_grpo.models.layers import Identity, conv
+from diffusion_grpo.models.layers import Identity, conv, linear
 from diffusion_grpo.models.norms import group_norm, layer_norm
 
 
@@ -47,10 +47,10 @@ class Attention(nnx.Module):
         """
         inner = heads * head_dim
         context = query_dim if context_dim is None else context_dim
-        self.to_q = nnx.Linear(query_dim, inner, use_bias=bias, **kw)
-        self.to_k = nnx.Linear(context, inner, use_bias=bias, **kw)
-        self.to_v = nnx.Linear(context, inner, use_bias=bias, **kw)
-        self.to_out = nnx.List([nnx.Linear(inner, query_dim, **kw)])
+        self.to_q = linear(query_dim, inner, use_bias=bias, **kw)
+        self.to_k = linear(context, inner, use_bias=bias, **kw)
+        self.to_v = linear(context, inner, use_bias=bias, **kw)
+        self.to_out = nnx.List([linear(inner, query_dim, **kw)])
         self.heads = heads
         self.upcast = upcast
 
@@ -97,7 +97,7 @@ class FeedForwardInput(nnx.Module):
                 f"one of {', '.join(FEED_FORWARDS)}"
             )
         self.act, self.gated = FEED_FORWARDS[kind]
-        self.proj = nnx.Linear(dim, 2 * inner if self.gated else inner, **kw)
+        self.proj = linear(dim, 2 * inner if self.gated else inner, **kw)
 
     def __call__(self, x: Float[Array, "B n d"]) -> Float[Array, "B n i"]:
         """Map [B, n, d] to [B, n, inner]."""
@@ -117,7 +117,7 @@ class FeedForward(nnx.Module):
             [
                 FeedForwardInput(dim, 4 * dim, kind, **kw),
                 Identity(),
-                nnx.Linear(4 * dim, dim, **kw),
+                linear(4 * dim, dim, **kw),
             ]
         )
 
@@ -201,8 +201,8 @@ class Transformer2DModel(nnx.Module):
             )
         self.norm = group_norm(groups, channels, 1e-6, **kw)
         if linear_projection:
-            self.proj_in = nnx.Linear(channels, channels, **kw)
-            self.proj_out = nnx.Linear(channels, channels, **kw)
+            self.proj_in = linear(channels, channels, **kw)
+            self.proj_out = linear(channels, channels, **kw)
         else:
             self.proj_in = conv(channels, channels, 1, **kw)
             self.proj_out = conv(channels, channels, 1, **kw)

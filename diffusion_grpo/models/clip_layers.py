@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.models.layers import linear
 
 
 def quick_gelu(x: Array) -> Array:
@@ -92,8 +93,8 @@ class CLIPAttention(nnx.Module):
         in_std = factor * width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
         out_std = factor * width**-0.5
 
-        def linear(std: float) -> nnx.Linear:
-            return nnx.Linear(
+        def projection(std: float) -> nnx.Linear:
+            return linear(
                 width,
                 width,
                 kernel_init=nnx.initializers.normal(std),
@@ -102,10 +103,10 @@ class CLIPAttention(nnx.Module):
                 rngs=rngs,
             )
 
-        self.q_proj = linear(in_std)
-        self.k_proj = linear(in_std)
-        self.v_proj = linear(in_std)
-        self.out_proj = linear(out_std)
+        self.q_proj = projection(in_std)
+        self.k_proj = projection(in_std)
+        self.v_proj = projection(in_std)
+        self.out_proj = projection(out_std)
 
     def __call__(self, x: Float[Array, "B n d"]) -> Float[Array, "B n d"]:
         """Attend within each sequence; with `causal`, to the tokens up to one's own."""
@@ -128,7 +129,7 @@ class CLIPMLP(nnx.Module):
         self.hidden_act = checked_activation(config.hidden_act)
         width, inner = config.hidden_size, checked_int(config, "intermediate_size")
         factor = config.initializer_factor
-        self.fc1 = nnx.Linear(
+        self.fc1 = linear(
             width,
             inner,
             kernel_init=nnx.initializers.normal(factor * (2 * width) ** -0.5),
@@ -137,7 +138,7 @@ class CLIPMLP(nnx.Module):
             rngs=rngs,
         )
         out_std = factor * width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
-        self.fc2 = nnx.Linear(
+        self.fc2 = linear(
             inner,
             width,
             kernel_init=nnx.initializers.normal(out_std),

@@ -100,8 +100,10 @@ def attend(
 
 def _heads_first(query: Array, key: Array, value: Array) -> Array:
     q, k, v = (part.swapaxes(1, 2) for part in (query, key, value))
+    # The queries are fewer than the scores, which XLA would scale by an array as large as they.
+    q = q * jnp.asarray(1 / math.sqrt(query.shape[-1]), q.dtype)
     scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * (1 / math.sqrt(query.shape[-1])), axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
     return out.swapaxes(1, 2)
 

@@ -53,6 +53,30 @@ def checkpointed(module: nnx.Module, enabled: bool, *args: Any) -> Any:
     return (jax.checkpoint(forward) if enabled else forward)(module, *args)
 
 
+def rows_dot(x: Float[Array, "*rows i"], kernel: Float[Array, "i o"], **kw: Any) -> Array:
+    """Return x @ kernel with all leading axes of `x` as one.
+
+    XLA's CPU backend takes the kernel's gradient 2 to 5 times faster so.
+    """
+    rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kw)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _linear_dot_general(x: Array, kernel: Array, dimension_numbers: Any, **kw: Any) -> Array:
+    return rows_dot(x, kernel, **kw)
+
+
+def _pointwise(
+    x: Array, kernel: Array, strides: Any, padding: Any, *, precision: Any, **kw: Any
+) -> Array:
+    return rows_dot(x, kernel[0, 0], precision=precision)
+
+
+def linear(in_features: int, out_features: int, **kw: Any) -> nnx.Linear:
+    """Build a linear layer over the last axis; see `rows_dot`."""
+    return nnx.Linear(in_features, out_features, dot_general=_linear_dot_general, **kw)
+
+
 def conv(
     in_channels: int,
     out_channels: int,
@@ -67,6 +91,7 @@ def conv(
 ) -> nnx.Conv:
     """Build a square convolution, padded on both sides by `(kernel - 1) // 2` unless told."""
     pad = (kernel - 1) // 2 if padding is None else padding
+    pointwise = (kernel, stride, pad) == (1, 1, 0)
     return nnx.Conv(
         in_channels,
         out_channels,
@@ -74,6 +99,7 @@ def conv(
         strides=stride,
         padding=((pad, pad), (pad, pad)),
         use_bias=use_bias,
+        conv_general_dilated=_pointwise if pointwise else jax.lax.conv_general_dilated,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -114,7 +140,7 @@ class ResnetBlock2D(nnx.Module):
         self.scale_shift = time_scale_shift == "scale_shift"
         if temb_channels is not None:
             width = 2 * out_channels if self.scale_shift else out_channels
-            self.time_emb_proj = nnx.Linear(temb_channels, width, **kw)
+            self.time_emb_proj = linear(temb_channels, width, **kw)
         self.norm2 = group_norm(groups, out_channels, eps, **kw)
         self.conv2 = conv(out_channels, out_channels, 3, **kw)
         if in_channels != out_channels:
