@@ -41,12 +41,15 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Numbered checkpoints of a pytree of arrays in a directory."""
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, writes: bool = True):
+    def __init__(
+        self, directory: str | Path, *, keep: int = 2, writes: bool = True, visits: bool = False
+    ):
         """Open (and make, if absent) the directory.
 
         Args:
             directory: of the checkpoints.
             keep: how many of the latest stay; the one of the highest `quality` stays besides.
+            visits: what is there is only read, maybe while a run writes.
             writes: whether this process moves what is damaged out of the way; of several, one does.
         """
         from orbax.checkpoint import v1 as ocp  # 3 seconds: only when needed
@@ -68,7 +71,7 @@ class Checkpoints:
             return ocp.training.Checkpointer(
                 str(self._directory),
                 preservation_policy=policy,  # pyright: ignore[reportArgumentType]
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not visits,
             )
 
         self._open: Callable[[], Any] = start
@@ -198,6 +201,20 @@ class Checkpoints:
             f"and its model. Put one back, or delete {self._directory} to begin with the first "
             "iteration"
         )
+
+    def read(self, step: int, template: Any) -> Any:
+        """Read checkpoint `step` with `template`'s structure, types and shardings.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        found, reason = self._read(step, {"tree": template, "checksums": checksums(template)})
+        if found is None:
+            raise UsageError(
+                f"checkpoint {self.path(step)} cannot be read ({reason}); expected one of this run "
+                "and its model"
+            )
+        return found["tree"]
 
     def _read(self, step: int, template: Any) -> tuple[Any, str]:
         """Return what checkpoint `step` holds, or None and why it cannot be read."""

@@ -29,13 +29,16 @@ _IMPORTS = {
 }
 
 
-def model_card(run: Path, kind: str, sampling: SamplingDefaults) -> str:
+def model_card(
+    run: Path, kind: str, sampling: SamplingDefaults, *, iteration: int | None = None
+) -> str:
     """Return the card of a run's model as Markdown, with the front matter that hubs read.
 
     Args:
         run: the run directory; `config.yaml` is there, `evaluation.json` if the run is finished.
         kind: what stands beside the card: diffusers, merged or lora.
         sampling: what the model was evaluated with.
+        iteration: of the checkpoint that it is the model of, if not of the end of the run.
     """
     text = (run / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text)
@@ -58,6 +61,7 @@ def model_card(run: Path, kind: str, sampling: SamplingDefaults) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {run.resolve().name}\n",
         f"`{base}`, {trained[config['model']['trainable']]} fine-tuned toward {rewards} with "
         f"{algorithm} by diffusion-grpo {__version__}.\n",
+        "" if iteration is None else f"It is the checkpoint after {iteration} iterations.\n",
         f"```python\n{example}```\n",
         f"The results are for guidance scale {sampling.guidance_scale:g} and "
         f"{sampling.num_steps} steps.\n",

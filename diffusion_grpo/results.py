@@ -101,7 +101,13 @@ def save_results(config: Config, directory: Path, before: Evaluation, after: Eva
 
 
 def export(
-    config: Config, model: StableDiffusion, policy: Any, trained: Any, directory: Path
+    config: Config,
+    model: StableDiffusion,
+    policy: Any,
+    trained: Any,
+    directory: Path,
+    *,
+    run: Path | None = None,
 ) -> None:
     """Write the fine-tuned pipeline, adapters merged, in the Diffusers layout, with a model card.
 
@@ -109,6 +115,14 @@ def export(
     under `lora/` too, by itself. The kernels that it is merged into are written in float32, for
     bfloat16 would round most of it away. All processes have to call it, since parameters may be
     divided over them.
+
+    Args:
+        config: the run's.
+        model: what it started from.
+        policy: the UNet, and what of it is frozen.
+        trained: what of it is trained.
+        directory: the new folder.
+        run: the run's directory, if the folder is not in it.
     """
     frozen = policy.frozen
     if processes.count() > 1:
@@ -125,5 +139,5 @@ def export(
             config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
         )
         dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)
-        card = model_card(directory.parent, "diffusers", sampling)
+        card = model_card(run or directory.parent, "diffusers", sampling)
         (directory / "README.md").write_text(card, encoding="utf-8")

@@ -27,7 +27,7 @@ from diffusion_grpo.errors import RunError
 from diffusion_grpo.evaluate import Evaluation, Evaluator
 from diffusion_grpo.faults import explained, nonfinite_message, phase
 from diffusion_grpo.interrupt import StopRequest
-from diffusion_grpo.learner import LearnerState, image_advantages, penalized
+from diffusion_grpo.learner import Learner, LearnerState, image_advantages, penalized
 from diffusion_grpo.learning import make_learner
 from diffusion_grpo.mesh import (
     by_rows,
@@ -43,7 +43,7 @@ from diffusion_grpo.mesh import (
     use,
 )
 from diffusion_grpo.metrics import MetricsLog
-from diffusion_grpo.pipeline import latent_shape, make_decoder, make_policy
+from diffusion_grpo.pipeline import TrainablePolicy, latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
     check_alike,
     check_directory,
@@ -53,7 +53,7 @@ from diffusion_grpo.preparation import (
     lora_options,
     open_directory,
 )
-from diffusion_grpo.pretrained import check_layout, local_directory
+from diffusion_grpo.pretrained import StableDiffusion, check_layout, local_directory
 from diffusion_grpo.processes import leads, of_leader
 from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch, upcoming_prompts
 from diffusion_grpo.results import export, update_metrics, zero_groups
@@ -130,17 +130,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
 
     # The policy, its algorithm, and the compiled pieces of an iteration.
     options, rollout, seed = config.grpo, config.rollout, config.run.seed
-    policy = make_policy(
-        model,
-        guidance_scale=rollout.guidance_scale,
-        lora=lora_options(config),
-        noise_steps=rollout.num_steps if options.learn_noise_scale else None,
-        seed=seed,
-    )
-    policy.trained = placement(full=config.model.trainable == "full")(policy.trained)
-    policy.frozen = divided(policy.frozen)
-    shape = latent_shape(model, rollout.height, rollout.width)
-    learner = make_learner(config, policy, model.scheduler_config, shape)
+    policy, learner, shape = make_policy_and_learner(config, model)
     decode = make_decoder(model)
     evaluator = Evaluator(config, model, policy, heldout, rewards, gold)
     state = learner.init(len(prompts))
@@ -310,6 +300,24 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
         output.settle(done)
         checkpoints.wait()
     return Result(before, after, directory)
+
+
+def make_policy_and_learner(
+    config: Config, model: StableDiffusion
+) -> tuple[TrainablePolicy, Learner, tuple[int, int, int]]:
+    """Return the policy on its devices, its algorithm, and the shape of a latent."""
+    options, rollout = config.grpo, config.rollout
+    policy = make_policy(
+        model,
+        guidance_scale=rollout.guidance_scale,
+        lora=lora_options(config),
+        noise_steps=rollout.num_steps if options.learn_noise_scale else None,
+        seed=config.run.seed,
+    )
+    policy.trained = placement(full=config.model.trainable == "full")(policy.trained)
+    policy.frozen = divided(policy.frozen)
+    shape = latent_shape(model, rollout.height, rollout.width)
+    return policy, make_learner(config, policy, model.scheduler_config, shape), shape
 
 
 def leaves(state: LearnerState) -> dict[str, list[Any]]:

@@ -141,6 +141,22 @@ def test_sample_adds_adapters_up(finished, checkpoint, tmp_path):
     assert np.abs(drawn("none", checkpoint, "--lora", f"{file}=0") - base).max() <= 1
 
 
+def test_a_checkpoint_is_the_model_that_a_run_of_as_many_iterations_ends_with(
+    finished, checkpoint, tmp_path
+):
+    settings = {"model__trainable": "lora", "optim__learning_rate": 0.05, "model__lora_alpha": 7}
+    train(config(checkpoint, tmp_path, run__iterations=1, **settings), quiet=True)
+    before = sorted(path for path in finished.rglob("*"))
+    for number, run in ((1, tmp_path / "run"), (2, finished)):
+        out = export(f"{finished}@{number}", tmp_path / f"at{number}")
+        for part in ("unet/diffusion_pytorch_model.safetensors", "vae/config.json"):
+            assert (out / part).read_bytes() == (run / "final" / part).read_bytes()
+        assert f"the checkpoint after {number} iterations" in (out / "README.md").read_text()
+    adapter = export(f"{finished}@1", tmp_path / "adapter", "--format", "lora") / FILE
+    assert adapter.read_bytes() == (tmp_path / "run" / "final" / "lora" / FILE).read_bytes()
+    assert sorted(path for path in finished.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -148,7 +164,8 @@ def test_sample_adds_adapters_up(finished, checkpoint, tmp_path):
         (["{run}", "--dtype", "half"], "dtype is 'half'; expected one of float32, float16"),
         (["{run}", "--output", "{run}"], "is there and not an empty folder"),
         (["{run}@base"], "is what the run started from"),
-        (["{run}@5"], "a run has the models final, best and base"),
+        (["{run}@last"], "a run has the models final, best and base"),
+        (["{run}@5"], "has no checkpoint 5; expected one of: 1, 2"),
         (["{run}/final"], "is no run directory: there is no config.yaml in it"),
     ],
 )

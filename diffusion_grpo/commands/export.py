@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,8 @@ class ExportOptions:
     """
 
     run: Annotated[str, tyro.conf.Positional]
-    """A run directory, for its trained model; RUN@best for its best one."""
+    """A run directory, for its trained model; RUN@best for its best one, and RUN@N for that of the
+    checkpoint after N iterations, for a run that was stopped or goes on."""
     output: Path
     """A new or empty folder."""
     format: str = "diffusers"
@@ -64,14 +67,26 @@ def run(words: Sequence[str]) -> list[Path]:
     """Read and write; returns what was written."""
     options = parse(ExportOptions, words, "diffusion-grpo export")
     options.check()
-    talk = Talk(options.quiet, options.verbose)
     name, _, which = options.run.rpartition("@")
     directory = Path(name or which).expanduser()
     if not (directory / "config.yaml").is_file():
         raise UsageError(f"{options.run!r} is no run directory: there is no config.yaml in it")
     if name and which == "base":
         raise UsageError(f"{options.run!r} is what the run started from, not what it trained")
-    place = Path(find_model(options.run))
+    with contextlib.ExitStack() as stack:
+        if name and which.isdigit():
+            from diffusion_grpo.restoring import export_checkpoint
+
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="diffusion-grpo-"))
+            place, iteration = Path(folder) / "model", int(which)
+            export_checkpoint(directory, iteration, place)
+        else:
+            place, iteration = Path(find_model(options.run)), None
+        return [_write(options, directory, place, iteration)]
+
+
+def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None) -> Path:
+    """Write what is asked for of the model at `place`, the run's or a checkpoint's of it."""
     output = options.output.expanduser()
 
     from diffusion_grpo.lora_files import FILE
@@ -89,10 +104,11 @@ def run(words: Sequence[str]) -> list[Path]:
         _copy_adapter(source, output / FILE, options.dtype)
     else:
         _write_model(place, output, whole=options.format == "diffusers", dtype=options.dtype)
-    card = model_card(directory, options.format, sampling)
+    card = model_card(run, options.format, sampling, iteration=iteration)
     (output / "README.md").write_text(card, encoding="utf-8")
-    talk.say(f"{options.format} of {place}, {options.dtype}")
-    return [output]
+    talk = Talk(options.quiet, options.verbose)
+    talk.say(f"{options.format} of {options.run}, {options.dtype}")
+    return output
 
 
 def _copy_adapter(source: Path, target: Path, dtype: str) -> None:

@@ -30,7 +30,8 @@ def find_model(word: str) -> str:
         return str(values["model"]["pretrained"])
     if which not in ("final", "best"):
         raise UsageError(
-            f"{word!r}: a run has the models final, best and base; export another checkpoint first"
+            f"{word!r}: a run has the models final, best and base; expected one of them, or a "
+            f"folder that `diffusion-grpo export {run}@N --output FOLDER` wrote"
         )
     # The best model is kept apart only while it is not the last.
     found = run / which

@@ -1,0 +1,53 @@
+"""A run's model as one of its checkpoints has it, for a run that did not come to its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from diffusion_grpo.checkpoint import Checkpoints, closed
+from diffusion_grpo.config import load_config
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.mesh import make_mesh, use
+from diffusion_grpo.preparation import load_model
+from diffusion_grpo.pretrained import check_layout, local_directory
+from diffusion_grpo.prompts import load_heldout
+from diffusion_grpo.results import export
+from diffusion_grpo.train import leaves, make_policy_and_learner
+
+
+def export_checkpoint(run: Path, step: int, place: Path) -> None:
+    """Write the model of a run's checkpoint the way `train` writes `final/`.
+
+    The run may be in progress: nothing in its directory is changed.
+
+    Args:
+        run: the run's directory.
+        step: the number of the checkpoint: the iterations that made it.
+        place: a new folder.
+
+    Raises:
+        UsageError: the run has no such checkpoint, or it cannot be read.
+    """
+    config = load_config(str(run / "config.yaml"))
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise UsageError(f"{str(run)!r} has no checkpoints/ folder: it has saved none yet")
+    checkpoints = Checkpoints(folder, visits=True)
+    with use(make_mesh(config)), closed(checkpoints):
+        if step not in checkpoints.steps:
+            there = ", ".join(map(str, checkpoints.steps)) or "none"
+            raise UsageError(f"{str(run)!r} has no checkpoint {step}; expected one of: {there}")
+        source = local_directory(
+            config.model.pretrained, revision=config.model.revision, variant=config.model.variant
+        )
+        check_layout(source)
+        lists = config.prompts
+        prompts, _ = load_heldout(lists.train, lists.heldout, lists.heldout_share)
+        model = load_model(config, source)
+        policy, learner, _ = make_policy_and_learner(config, model)
+        state = learner.init(len(prompts))
+        found = checkpoints.read(step, leaves(state))
+        state = jax.tree.unflatten(jax.tree.structure(state), found["leaves"])
+        export(config, model, policy, state.train.evaluated, place, run=run)
