@@ -15,16 +15,30 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL as TorchVAE
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as TorchUNet
 from families import PUBLISHED
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from tiny_run import config as run_config
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
+from diffusion_grpo.cli import main
 from diffusion_grpo.components import load_text_encoder, read_json
+from diffusion_grpo.lora_files import load_lora
 from diffusion_grpo.models import clip
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
+from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.shapes.tokenizer import write_tokenizer
 from diffusion_grpo.tensor_files import read_safetensors
 from diffusion_grpo.tensors import load_tensors
+from diffusion_grpo.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -148,3 +162,95 @@ def test_loading_holds_one_copy(tmp_path):
     peak = int(done.stdout)
     print(f"\nloading: {peak / size:.3f} of the weights' {size / 2**30:.2f} GiB")
     assert size < peak <= 1.2 * size
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    """A pipeline directory of Stable Diffusion 1.5's sizes, of Diffusers' writing."""
+    folder = tmp_path_factory.mktemp("full")
+    write_tokenizer(folder / "tokenizer", 77)
+    family = PUBLISHED["sd15"]
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        unet=TorchUNet(**family.unet),
+        vae=TorchVAE(**family.vae),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**family.text_encoder)),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        scheduler=DDIMScheduler.from_config(family.scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "sd15", safe_serialization=True)
+    gc.collect()
+    return folder / "sd15"
+
+
+def both(rng):
+    """An input of the UNet, as ours and as theirs."""
+    sample = rng.normal(size=(1, 4, 8, 8)).astype(np.float32)
+    states = rng.normal(size=(1, 77, 768)).astype(np.float32)
+    ours = (jnp.asarray(sample.transpose(0, 2, 3, 1)), jnp.array([801]), jnp.asarray(states))
+    return ours, (torch.tensor(sample), torch.tensor([801]), torch.tensor(states))
+
+
+def output(unet, inputs):
+    if isinstance(unet, torch.nn.Module):
+        with torch.no_grad():
+            return unet(*inputs).sample.permute(0, 2, 3, 1).numpy()
+    return np.asarray(jax.jit(lambda unet, *args: unet(*args))(unet, *inputs))
+
+
+def test_an_adapter_trained_for_one_update_is_what_diffusers_loads(sd15, tmp_path):
+    ours, theirs = both(np.random.default_rng(0))
+    settings = run_config(
+        sd15,
+        tmp_path,
+        model__trainable="lora",
+        optim__learning_rate=0.01,
+        rollout__prompts_per_iteration=1,
+        rollout__images_per_prompt=2,
+        rollout__microbatch=2,
+        rollout__height=64,
+        rollout__width=64,
+        grpo__microbatch=2,
+        eval__num_prompts=1,
+        run__iterations=1,
+        run__save_every=0,
+    )
+    train(settings, quiet=True)
+    run, adapter = tmp_path / "run", tmp_path / "adapter"
+    assert main(["export", str(run), "--format", "lora", "--output", str(adapter)]) == 0
+    gc.collect()
+    found = output(load(UNet2DConditionModel, UNetConfig, run / "final" / "unet"), ours)
+    gc.collect()
+    pipe = StableDiffusionPipeline.from_pretrained(sd15)
+    untrained = output(pipe.unet, theirs)
+    pipe.load_lora_weights(adapter)
+    expected = output(pipe.unet, theirs)
+    assert np.abs(expected - untrained).max() > 0.1 * expected.std()
+    check("UNet of sd15 with an adapter trained here", found, expected)
+
+
+def test_an_adapter_that_peft_writes_is_read(sd15, tmp_path):
+    ours, theirs = both(np.random.default_rng(0))
+    pipe = StableDiffusionPipeline.from_pretrained(sd15)
+    untrained = output(pipe.unet, theirs)
+    torch.manual_seed(0)
+    layers = ["to_q", "to_v", "to_out.0", "proj_in", "conv1"]
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=layers))
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )
+    expected = output(pipe.unet, theirs)
+    assert np.abs(expected - untrained).max() > 0.1 * expected.std()
+    del pipe
+    gc.collect()
+    model = StableDiffusion.from_pretrained(sd15)
+    load_lora(model, tmp_path)
+    check("UNet of sd15 with an adapter of PEFT", output(model.unet, ours), expected)
