@@ -41,7 +41,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist; is this a checkpoint in the Diffusers layout?"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from None
+        raise UsageError(
+            f"{path} is not valid JSON: {error}; mend it, or copy the checkpoint again"
+        ) from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value

@@ -108,7 +108,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompt file {path}: cannot be read as UTF-8 text: {error}") from error
+        raise UsageError(
+            f"prompt file {path}: cannot be read as UTF-8 text: {error}; save it as UTF-8"
+        ) from error
 
 
 def _read_lines(text: str, where: str) -> list[Prompt]:

@@ -33,7 +33,9 @@ def export_checkpoint(run: Path, step: int, place: Path) -> None:
     config = load_config(str(run / "config.yaml"))
     folder = run / "checkpoints"
     if not folder.is_dir():
-        raise UsageError(f"{str(run)!r} has no checkpoints/ folder: it has saved none yet")
+        raise UsageError(
+            f"{str(run)!r} has no checkpoints/ folder: it has saved none yet; see run.save_every"
+        )
     checkpoints = Checkpoints(folder, visits=True)
     with use(make_mesh(config)), closed(checkpoints):
         if step not in checkpoints.steps:

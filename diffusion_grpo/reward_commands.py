@@ -103,7 +103,9 @@ def score(options: ScoreOptions) -> int:
             f"output {str(options.output)!r} ends in {suffix!r}; expected .jsonl or .csv"
         )
     if not options.output.absolute().parent.is_dir():
-        raise UsageError(f"output {str(options.output)!r}: its folder does not exist")
+        raise UsageError(
+            f"output {str(options.output)!r}: its folder does not exist; create it first"
+        )
     files = find_images(options.images)
     texts, metadata = prompts_of(files, options.prompts, options.group_size)
     batches = plan_batches(files, options.group_size)
@@ -211,7 +213,9 @@ def prompts_of(
 
     count = len(files)
     if count % group_size:
-        raise UsageError(f"{count} images are no whole number of groups of {group_size}")
+        raise UsageError(
+            f"{count} images are no whole number of groups of {group_size}; change --group-size"
+        )
     if name is None:
         print("no --prompts: images are scored with empty prompts", file=sys.stderr)
         return [""] * count, [{}] * count

@@ -57,7 +57,9 @@ def read_sampling(directory: Path) -> SamplingDefaults | None:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from None
+        raise UsageError(
+            f"{path} is not valid JSON: {error}; mend it, or delete it to have the defaults"
+        ) from None
     fields = values.get("sampling") if isinstance(values, dict) else None
     if not isinstance(fields, dict) or len(values) != 1:
         raise UsageError(f'{path}: expected {{"sampling": {{"guidance_scale": …, …}}}} alone')

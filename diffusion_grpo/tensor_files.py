@@ -108,7 +108,7 @@ def read_safetensors(directory: Path, *, variant: str | None = None) -> Tensors:
     entries: dict[str, Entry] = {}
     for file in files:
         if not file.is_file():
-            raise UsageError(f"{file} is named by {origin} but does not exist")
+            raise UsageError(f"{file} is named by {origin} but does not exist; copy it too")
         entries |= open_file(file).entries
     return Tensors(entries)
 
@@ -125,7 +125,9 @@ def open_file(file: Path) -> Tensors:
         with safe_open(file, framework="numpy"):  # checks the header against the file's size
             pass
     except SafetensorError as error:
-        raise UsageError(f"{file} is not a readable safetensors file: {error}") from None
+        raise UsageError(
+            f"{file} is not a readable safetensors file: {error}; copy it again"
+        ) from None
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -177,7 +179,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text())["weight_map"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        raise UsageError(f"{index} is not an index of safetensors shards") from None
+        raise UsageError(
+            f"{index} is not an index of safetensors shards; expected JSON with a weight_map"
+        ) from None
 
 
 def _no_weights(directory: Path, names: list[str], variant: str | None) -> str:

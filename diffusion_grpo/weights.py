@@ -66,4 +66,6 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UsageError(f"{path} is not a readable safetensors file: {error}") from None
+        raise UsageError(
+            f"{path} is not a readable safetensors file: {error}; copy it again"
+        ) from None

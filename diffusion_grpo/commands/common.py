@@ -156,5 +156,7 @@ def check_output(path: Path, suffixes: Sequence[str]) -> Path:
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"output {str(path)!r} does not end in {' or '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise UsageError(f"output {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+        raise UsageError(
+            f"output {str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first"
+        )
     return path

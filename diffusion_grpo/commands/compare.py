@@ -89,7 +89,9 @@ def _time_lapse(options: CompareOptions) -> list[Path]:
     if len(options.models) != 1:
         raise UsageError("--strip and --animation show one run: give one run directory")
     if not (Path(options.models[0]) / "config.yaml").is_file():
-        raise UsageError(f"{options.models[0]!r} holds no run")
+        raise UsageError(
+            f"{options.models[0]!r} holds no run; expected what --run.output of `train` named"
+        )
     gallery, written = Gallery(options.models[0]), []
     for path in (options.strip, options.animation):
         if path is not None:

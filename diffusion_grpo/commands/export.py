@@ -57,10 +57,14 @@ class ExportOptions:
                 )
         output = self.output.expanduser()
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UsageError(f"output {str(output)!r} is there and not an empty folder")
+            raise UsageError(
+                f"output {str(output)!r} is there and not an empty folder; choose another"
+            )
         above = next(p for p in (output, *output.absolute().parents) if p.exists())
         if not os.access(above, os.W_OK):
-            raise UsageError(f"output {str(output)!r}: {str(above)!r} is not writable")
+            raise UsageError(
+                f"output {str(output)!r}: {str(above)!r} is not writable; choose another"
+            )
 
 
 def run(words: Sequence[str]) -> list[Path]:
@@ -70,9 +74,14 @@ def run(words: Sequence[str]) -> list[Path]:
     name, _, which = options.run.rpartition("@")
     directory = Path(name or which).expanduser()
     if not (directory / "config.yaml").is_file():
-        raise UsageError(f"{options.run!r} is no run directory: there is no config.yaml in it")
+        raise UsageError(
+            f"{options.run!r} is no run directory: there is no config.yaml in it; expected what "
+            "--run.output of `train` named"
+        )
     if name and which == "base":
-        raise UsageError(f"{options.run!r} is what the run started from, not what it trained")
+        raise UsageError(
+            f"{options.run!r} is what the run started from, not what it trained; leave @base out"
+        )
     with contextlib.ExitStack() as stack:
         if name and which.isdigit():
             from diffusion_grpo.restoring import export_checkpoint

@@ -122,10 +122,12 @@ def _adapter(word: str) -> tuple[Path, float]:
     except ValueError:
         raise UsageError(f"lora is {word!r}; expected FILE or FILE=WEIGHT, a number") from None
     if not math.isfinite(weight):
-        raise UsageError(f"lora is {word!r}: the weight is not finite")
+        raise UsageError(f"lora is {word!r}: the weight is not finite; expected a number")
     path = Path(name if equals else word).expanduser()
     if not path.exists():
-        raise UsageError(f"lora {str(path)!r} does not exist")
+        raise UsageError(
+            f"lora {str(path)!r} does not exist; expected a file or a folder of an adapter"
+        )
     return path, weight
 
 
