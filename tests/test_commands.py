@@ -90,7 +90,8 @@ def test_a_run_records_what_its_page_shows(run_dir):
     found = json.loads((run_dir / "evaluation.json").read_text())
     assert found["after"]["against_base"]["jpeg_size"]["win_rate"] in np.arange(9) / 8
     assert found["after"]["tasks"]["one"]["images"] == 4
-    assert found["before"]["metrics"]["kl"] == 0 < found["after"]["metrics"]["kl"]
+    # Nothing is trained yet, but XLA may round the network with an adapter of zeros otherwise.
+    assert abs(found["before"]["metrics"]["kl"]) < 1e-9 < found["after"]["metrics"]["kl"]
     best = json.loads((run_dir / "best.json").read_text())
     assert (run_dir / "best").is_dir() == (best["model"] == "best/")
 
