@@ -30,9 +30,9 @@ PROJECTION = 256
 PATCH = 8
 
 VAE = VAEConfig(
-    block_out_channels=(16, 32, 64),
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
+    block_out_channels=(16, 32, 64, 64),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
     layers_per_block=1,
     norm_num_groups=4,
     sample_size=IMAGE_SIZE,
@@ -40,9 +40,9 @@ VAE = VAEConfig(
 )
 UNET = UNetConfig(
     sample_size=IMAGE_SIZE // VAE.downscale_factor,
-    block_out_channels=(32, 64, 96),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(32, 64),
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     layers_per_block=1,
     norm_num_groups=8,
     attention_head_dim=4,
