@@ -19,12 +19,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+WHOLE = ("--rollout.window-start", "0", "--rollout.window-size", "None")
 # Variant → flags after `train PRESET`. A rollout of another size keeps the images an iteration.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "demo": (),
-    "no window": ("--rollout.window-size", "None"),
-    "no window, K = T/2": ("--rollout.window-size", "None", "--grpo.gradient-steps", "5"),
-    "no window, K = T/4": ("--rollout.window-size", "None", "--grpo.gradient-steps", "3"),
+    "no window": WHOLE,
+    "window of steps 2 to 6": ("--rollout.window-start", "2", "--rollout.window-size", "5"),
+    "window of steps 0 to 2": ("--rollout.window-start", "0", "--rollout.window-size", "3"),
+    "no window, K = T/2": (*WHOLE, "--grpo.gradient-steps", "5"),
+    "no window, K = T/4": (*WHOLE, "--grpo.gradient-steps", "3"),
     "step ratio": ("--grpo.ratio", "step"),
     "two updates a rollout": ("--grpo.updates-per-rollout", "2"),
     "own initial noise": ("--rollout.same-initial-noise", "False"),
@@ -38,7 +41,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         *("--rollout.images-per-prompt", "4"),
     ),
     "KL of 0.01": ("--grpo.beta", "0.01"),
-    "half the learning rate": ("--optim.learning-rate", "1e-4"),
+    "half the learning rate": ("--optim.learning-rate", "2e-4"),
     "no average": ("--optim.ema-decay", "None"),
     "LoRA": ("--model.trainable", "lora", "--optim.learning-rate", "1e-3"),
     "guidance 3": ("--rollout.guidance-scale", "3"),
