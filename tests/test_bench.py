@@ -49,6 +49,7 @@ def tiny_sd15(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "sd15", small)
 
 
+@pytest.mark.slow
 def test_bench_measures_the_phases_with_random_weights(tiny_sd15, tmp_path, capsys):
     path = tmp_path / "bench.json"
     words = ["sd15", *SMALLEST, "--height", "16", "--width", "16", "--dtype", "float32"]

@@ -63,7 +63,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("noise", "nft"))]
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "noise", "nft")]
 )
 def test_a_run_that_was_interrupted_ends_as_the_undisturbed_one(
     name, checkpoint, tmp_path, monkeypatch

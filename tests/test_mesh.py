@@ -47,13 +47,14 @@ def trained(checkpoint, tmp_path_factory):
         if (devices, changed) not in done:
             folder = tmp_path_factory.mktemp("run")
             words = [f"{name}={value}" for name, value in RUN.items()]
-            flag = f"--xla_force_host_platform_device_count={devices}"
+            flags = os.environ.get("XLA_FLAGS", "")
+            flags += f" --xla_force_host_platform_device_count={devices}"
             subprocess.run(
                 [sys.executable, "tests/mesh_run.py", str(checkpoint), str(folder)]
                 + [*words, *changed],
                 check=True,
                 capture_output=True,
-                env=os.environ | {"XLA_FLAGS": flag},
+                env=os.environ | {"XLA_FLAGS": flags},
                 cwd=Path(__file__).parents[1],
             )
             done[devices, changed] = folder

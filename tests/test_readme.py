@@ -128,7 +128,14 @@ def test_every_command_of_the_readme_is_run_here():
     assert sorted(commands()) == sorted([*TRAIN, *LOOK, *OTHERS])
 
 
-@pytest.mark.parametrize("line", TRAIN)
+# Each trains; one by default.
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=[pytest.mark.slow] * (not line.startswith("train mine.yaml")))
+        for line in TRAIN
+    ],
+)
 def test_training_lines_run(folder, line, capsys):
     # JAX as a user has it: its own bfloat16 attention has no gradient under strict promotion.
     with jax.numpy_dtype_promotion("standard"):

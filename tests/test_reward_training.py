@@ -53,6 +53,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if "time/" not in k and k != "images_per_second"}
 
 
+@pytest.mark.slow
 def test_every_kind_of_reward_trains_the_embedded_model_alike(tmp_path, monkeypatch) -> None:
     """A file, a function, an entry point and a server: the same iterations to the last bit."""
     monkeypatch.chdir(tmp_path)
@@ -83,6 +84,7 @@ def test_every_kind_of_reward_trains_the_embedded_model_alike(tmp_path, monkeypa
             assert without_times(renamed) == without_times(expected)
 
 
+@pytest.mark.slow
 def test_a_killed_server_loses_no_finished_iteration(tmp_path, monkeypatch, capsys) -> None:
     """It dies in the middle of the second iteration; a new one takes over where the run was."""
     monkeypatch.chdir(tmp_path)

@@ -96,7 +96,7 @@ def finished(checkpoint, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("trainable", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
     finished, checkpoint, trainable
 ):
@@ -207,6 +207,7 @@ def brightness(images, prompts, metadata):
 """
 
 
+@pytest.mark.slow
 def test_iterations_outlive_a_reward_that_fails(flags, tmp_path, capsys):
     reward, directory = tmp_path / "brightness.py", tmp_path / "run"
     flags |= {"--reward.rewards": str(reward), "--eval.every": "1", "--run.iterations": "3"}
