@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from reward_servers import serving
 
 from diffusion_grpo.cli import main

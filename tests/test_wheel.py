@@ -128,7 +128,7 @@ def test_a_new_user_trains_and_looks_at_the_run(installed, tmp_path):
         *("train", "demo", "--output", "run", "--iterations", "1", "--quiet"),
         *("--rollout.prompts-per-iteration", "1", "--rollout.images-per-prompt", "2"),
         *("--grpo.best-and-worst", "None"),
-        *("--rollout.num-steps", "3", "--rollout.window-size", "2", "--rollout.microbatch", "2"),
+        *("--rollout.num-steps", "4", "--rollout.window-size", "2", "--rollout.microbatch", "2"),
         *("--grpo.microbatch", "2", "--grpo.updates-per-rollout", "1"),
         *("--eval.num-prompts", "2", "--eval.num-steps", "2"),
     ]
