@@ -14,12 +14,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
   if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
     echo $$python; break; fi; done)
 
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup demo test bench lint docs clean
 
 help:
 	@echo "make setup      create $(VENV) and install diffusion-grpo into it"
 	@echo "make demo       fine-tune the embedded model; pictures before and after"
 	@echo "make test       run the tests"
+	@echo "make bench      time the phases of the demo's iteration on this machine"
 	@echo "make lint       check style and types"
 	@echo "make docs       build the documentation into site/"
 	@echo "make clean      remove $(VENV) and caches; runs/ stays"
@@ -60,6 +61,9 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+bench: $(VENV)/.run
+	$(BIN)/diffusion-grpo bench $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
