@@ -223,7 +223,7 @@ def test_make_targets_of_the_documents_exist_and_train_the_demo(tmp_path):
     named = set(re.findall(r"^make (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text(), re.M))
     assert {"demo"} <= named <= targets
     assert set(re.findall(r'@echo "make (\w+)', makefile)) <= targets
-    (recipe,) = re.findall(r"\$\(BIN\)/diffusion-grpo (.*) \$\(ARGS\)", makefile)
+    (recipe,) = re.findall(r"\$\(BIN\)/diffusion-grpo (train .*) \$\(ARGS\)", makefile)
     command, preset, *flags = shlex.split(recipe.replace("$$output", str(tmp_path)))
     assert (command, load_config(preset, flags).run.output) == ("train", str(tmp_path))
 
