@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Noise and gradient in all steps.
 WHOLE = ("--rollout.window-start", "0", "--rollout.window-size", "None")
+
 # Variant → flags after `train PRESET`. A rollout of another size keeps the images an iteration.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "demo": (),
@@ -46,8 +48,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "LoRA": ("--model.trainable", "lora", "--optim.learning-rate", "1e-3"),
     "guidance 3": ("--rollout.guidance-scale", "3"),
     "nft": (
-        *("--grpo.algorithm", "nft", "--grpo.kl", "mse"),
-        *("--grpo.beta", "0.01", "--optim.learning-rate", "4e-4"),
+        *("--grpo.algorithm", "nft", "--grpo.kl", "mse", "--iterations", "120"),
+        *("--rollout.window-start", "0", "--rollout.window-size", "3"),
     ),
     "demo-gold": (),
     "demo-mix": (),

@@ -149,11 +149,7 @@ def demo() -> Config:
             clip_low=2.9e-4, clip_high=2.9e-4, beta=0.0, updates_per_rollout=1, microbatch=32
         ),
         optim=OptimConfig(
-            learning_rate=4e-4,
-            schedule="cosine",
-            beta2=0.99,
-            warmup_iterations=4,
-            ema_decay=0.95,
+            learning_rate=4e-4, schedule="cosine", beta2=0.99, warmup_iterations=4, ema_decay=0.95
         ),
         eval=EvalConfig(num_prompts=360, num_steps=20, gold=("shapes",)),
         run=RunConfig(output="runs/demo", iterations=400),
