@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from diffusion_grpo.conditioning import conditioning_shapes, encode_prompts, of_rows
 from diffusion_grpo.config import Config
@@ -45,6 +46,7 @@ from diffusion_grpo.programs import noise_steps, update_arguments
 from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.reward import RewardSet
 from diffusion_grpo.rollout import image_keys, initial_noise
+from diffusion_grpo.text_encoding import pipeline_parts
 
 PHASES = ("encode", "sample", "sample_final", "decode", "reward", "update", "iteration")
 
@@ -87,6 +89,7 @@ class Workload:
             model,
             guidance_scale=rollout.guidance_scale,
             lora=lora_options(config),
+            clip_skip=config.model.clip_skip,
             noise_steps=noise_steps(config),
         )
         self.shape = latent_shape(model, rollout.height, rollout.width)
@@ -112,8 +115,9 @@ class Workload:
         else:
             dtype = DTYPES[config.model.dtype]
             unet, key = model.unet.config, jax.random.key(0)
-            shapes = conditioning_shapes(unet, prompts + 1, random_tokens, dtype)
-            drawn = {name: jax.random.normal(key, s.shape, s.dtype) for name, s in shapes.items()}
+            encoders = len(model.encoders) if self.policy.reads_tokens else 0
+            shapes = conditioning_shapes(unet, prompts + 1, random_tokens, dtype, encoders=encoders)
+            drawn = {name: _random(key, shape) for name, shape in shapes.items()}
             encoded = (
                 {name: rows[:-1] for name, rows in drawn.items()},
                 {name: rows[-1:] for name, rows in drawn.items()},
@@ -138,6 +142,7 @@ class Workload:
             negative_prompt=self.config.rollout.negative_prompt,
             shape=self.shape,
             clip_skip=self.config.model.clip_skip,
+            tokens=self.policy.reads_tokens,
         )
 
     def sample(self, on_chunk: Callable[[jax.Array], None] | None = None) -> Any:
@@ -248,10 +253,10 @@ class Workload:
 
     def network_flops(self) -> tuple[float, float]:
         """Count one denoising step of one image: forward, and forward with backward."""
-        unet, config = self.policy.unet(self.policy.trained), self.config
-        unet.gradient_checkpointing = False
+        network, config = self.policy.network(self.policy.trained), self.config
+        pipeline_parts(network)["unet"].gradient_checkpointing = False
         plain = TrainablePolicy(
-            unet,
+            network,
             config.rollout.guidance_scale,
             nnx.Param if config.model.trainable == "full" else LoRAParam,
             noise_steps=noise_steps(config),
@@ -286,6 +291,13 @@ class Workload:
             found["update_temporary"] = int(analysis.temp_size_in_bytes)
             found["update_arguments"] = int(analysis.argument_size_in_bytes)
         return found
+
+
+def _random(key: Array, shape: jax.ShapeDtypeStruct) -> Array:
+    """Return random numbers, or zeros of a type that is none of numbers with a fraction."""
+    if jnp.issubdtype(shape.dtype, jnp.floating):
+        return jax.random.normal(key, shape.shape, shape.dtype)
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def process_peak() -> int:

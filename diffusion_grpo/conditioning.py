@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from diffusion_grpo.components import TextEncoder
-from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import by_rows, on_devices, replicated, shards
-from diffusion_grpo.models.clip import CLIPTextModel
 from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.pretrained import TIME_IDS, StableDiffusion
+from diffusion_grpo.text_encoding import ENCODERS, text_states, tower
 
 CHUNK = 16  # prompts encoded at a time
 
@@ -37,6 +36,7 @@ def encode_prompts(
     negative_prompt: str = "",
     shape: tuple[int, int, int] | None = None,
     clip_skip: int = 0,
+    tokens: bool = False,
 ) -> tuple[Conditioning, Conditioning]:
     """Encode prompts with the pipeline's text encoders, each distinct text once.
 
@@ -55,6 +55,8 @@ def encode_prompts(
         shape: (h, w, c) of the latents, for the size ids; default the checkpoint's.
         clip_skip: how many layers before the usual one the prompts' hidden states are taken; the
             negative prompt's are the usual ones, as Diffusers has it.
+        tokens: leave the encoding to the network, a `TextConditionedUNet`, and return what that is
+            conditioned on.
 
     Returns:
         The conditioning of the prompts, `[N, ...]`, and of the negative prompt, `[1, ...]`.
@@ -65,29 +67,40 @@ def encode_prompts(
     distinct = list(dict.fromkeys([negative_prompt, *texts]))
     place = {text: i for i, text in enumerate(distinct)}
     rows = np.array([place[text] for text in texts], int)
-    hidden, plain, pooled = [], [], []
     _warn_of_cuts(model, distinct)
-    for tokenizer, encoder in model.encoders:
-        penultimate = len(model.encoders) > 1
-        found = _encode(tokenizer, encoder, distinct, clip_skip, penultimate)
-        hidden.append(found[0])
-        plain.append(found[1])
-        pooled.append(found[2])
-    prompts: Conditioning = {"encoder_hidden_states": jnp.concatenate(hidden, axis=-1)[rows]}
-    negative: Conditioning = {"encoder_hidden_states": jnp.concatenate(plain, axis=-1)}
+    encoders = dict(zip(ENCODERS, model.encoders, strict=False))
+    ids = {name: _tokens(*pair, distinct) for name, pair in encoders.items()}
+    blank = model.zeros_for_empty_prompt and not negative_prompt
     texted = model.unet.config.addition_embed_type == "text_time"
+    if tokens:
+        prompts: Conditioning = {ENCODERS[name]: jnp.asarray(x[rows]) for name, x in ids.items()}
+        negative: Conditioning = {ENCODERS[name]: jnp.asarray(x[:1]) for name, x in ids.items()}
+        for side, is_prompt in ((prompts, True), (negative, False)):
+            count = len(side["input_ids"])
+            side["is_prompt"] = jnp.full(count, is_prompt)
+            side["is_blank"] = jnp.full(count, blank and not is_prompt)
+    else:
+        found = [
+            _encode(encoder, ids[name], clip_skip, penultimate=len(encoders) > 1)
+            for name, (_, encoder) in encoders.items()
+        ]
+        hidden, plain, pooled = zip(*found, strict=True)
+        prompts = {"encoder_hidden_states": jnp.concatenate(hidden, axis=-1)[rows]}
+        negative = {"encoder_hidden_states": jnp.concatenate(plain, axis=-1)}
+        if texted:
+            prompts["text_embeds"], negative["text_embeds"] = pooled[-1][rows], pooled[-1][:1]
+        if blank:
+            negative = jax.tree.map(jnp.zeros_like, negative)
     if texted:
-        prompts["text_embeds"], negative["text_embeds"] = pooled[-1][rows], pooled[-1][:1]
-    if model.zeros_for_empty_prompt and not negative_prompt:
-        negative = jax.tree.map(jnp.zeros_like, negative)
-    if texted:
-        ids = _size_ids(model, shape)
-        negative["time_ids"] = ids
-        prompts["time_ids"] = jnp.broadcast_to(ids, (len(rows), ids.shape[1]))
+        sizes = _size_ids(model, shape)
+        negative["time_ids"] = sizes
+        prompts["time_ids"] = jnp.broadcast_to(sizes, (len(rows), sizes.shape[1]))
     return prompts, negative
 
 
-def conditioning_shapes(unet: UNetConfig, count: int, tokens: int, dtype: Any) -> dict[str, Any]:
+def conditioning_shapes(
+    unet: UNetConfig, count: int, tokens: int, dtype: Any, *, encoders: int = 0
+) -> dict[str, Any]:
     """Return the shapes of a UNet's conditioning, for what is planned or measured without a prompt.
 
     Args:
@@ -95,7 +108,17 @@ def conditioning_shapes(unet: UNetConfig, count: int, tokens: int, dtype: Any) -
         count: N, rows.
         tokens: n, the length of the text states.
         dtype: of the text encoders.
+        encoders: how many text encoders the network runs itself, given tokens; see
+            `encode_prompts`.
     """
+    if encoders:
+        ids = jax.ShapeDtypeStruct((count, tokens), jnp.int32)
+        shapes = dict.fromkeys(list(ENCODERS.values())[:encoders], ids)
+        flags = dict.fromkeys(("is_prompt", "is_blank"), jax.ShapeDtypeStruct((count,), jnp.bool_))
+        shapes |= flags
+        if unet.addition_embed_type == "text_time":
+            shapes["time_ids"] = jax.ShapeDtypeStruct((count, TIME_IDS), jnp.float32)
+        return shapes
     width = unet.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
     shapes = {"encoder_hidden_states": jax.ShapeDtypeStruct((count, tokens, width), dtype)}
@@ -126,48 +149,37 @@ def _size_ids(model: StableDiffusion, shape: tuple[int, int, int] | None) -> Arr
     return jnp.asarray([[height, width, 0, 0, height, width]], jnp.float32)
 
 
+def _tokens(tokenizer: Any, encoder: TextEncoder, texts: list[str]) -> Int[np.ndarray, "N n"]:
+    length = _length(tokenizer, encoder)
+    words = tokenizer(texts, padding="max_length", truncation=True, max_length=length)
+    return np.asarray(words["input_ids"], np.int32)
+
+
 def _encode(
-    tokenizer: Any, encoder: TextEncoder, texts: list[str], clip_skip: int, penultimate: bool
+    encoder: TextEncoder, ids: Int[np.ndarray, "N n"], clip_skip: int, *, penultimate: bool
 ) -> tuple[Array, Array, Array]:
     """Return hidden states `[N, n, d]`, those of the first text without skip, and pooled ones."""
-    length = _length(tokenizer, encoder)
     chunk = math.lcm(CHUNK, shards())
-    padded = texts + [""] * (-len(texts) % chunk)
-    words = tokenizer(padded, padding="max_length", truncation=True, max_length=length)
-    ids = np.asarray(words["input_ids"], np.int32)
+    padded = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % chunk, axis=0)])
     graphdef, weights = nnx.split(encoder)
     weights = on_devices(weights)
 
-    def states(encoder: TextEncoder, layers: tuple[Array, ...], skip: int) -> Array:
-        last = len(layers) - 1 - skip - penultimate  # layers[0] are the embeddings
-        if last < 1:
-            raise UsageError(
-                f"clip_skip is {skip}, but a text encoder has {len(layers) - 1} layers; expected "
-                f"at most {len(layers) - 2 - penultimate}"
-            )
-        return layers[last] if penultimate else _tower(encoder).final_layer_norm(layers[last])
-
     @jax.jit
     def encode(weights: Any, ids: Array) -> tuple[Array, Array, Array]:
-        encoder = nnx.merge(graphdef, weights)
-        output = encoder(by_rows(ids))
-        layers = output.hidden_states
-        both = (states(encoder, layers, skip) for skip in (clip_skip, 0))
-        skipped, plain = both
-        return skipped, plain[:1], output.pooled
+        both, pooled = text_states(
+            nnx.merge(graphdef, weights), by_rows(ids), (clip_skip, 0), penultimate=penultimate
+        )
+        return both[0], both[1][:1], pooled
 
-    parts = [replicated(encode(weights, ids[i : i + chunk])) for i in range(0, len(ids), chunk)]
+    starts = range(0, len(padded), chunk)
+    parts = [replicated(encode(weights, padded[i : i + chunk])) for i in starts]
     hidden, plain, pooled = zip(*parts, strict=True)
     return jnp.concatenate(hidden), plain[0], jnp.concatenate(pooled)
 
 
-def _tower(encoder: TextEncoder) -> CLIPTextModel:
-    return encoder if isinstance(encoder, CLIPTextModel) else encoder.text_model
-
-
 def _length(tokenizer: Any, encoder: TextEncoder) -> int:
     """Return how many tokens are read; a tokenizer's own limit may be missing from its files."""
-    return min(tokenizer.model_max_length, _tower(encoder).embeddings.max_position_embeddings)
+    return min(tokenizer.model_max_length, tower(encoder).embeddings.max_position_embeddings)
 
 
 def _warn_of_cuts(model: StableDiffusion, texts: Sequence[str]) -> None:

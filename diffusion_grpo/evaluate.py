@@ -136,6 +136,7 @@ class Evaluator:
             negative_prompt=rollout.negative_prompt,
             shape=shape,
             clip_skip=config.model.clip_skip,
+            tokens=policy.reads_tokens,
         )
         index = np.array([i for i, _, _ in repeated]), np.array([g for _, _, g in repeated])
         self._initial = initial_noise(

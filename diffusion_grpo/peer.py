@@ -118,6 +118,10 @@ def peer_spec(work: Workload, mode: str) -> dict[str, Any]:
             f"--against compares one update a rollout, and grpo.updates_per_rollout is "
             f"{config.grpo.updates_per_rollout}; give --updates 1"
         )
+    if config.model.train_text_encoder:
+        raise UsageError(
+            "--against trains the UNet alone, and model.train_text_encoder is True; leave it out"
+        )
     schedule = learner.schedule(0)
     plan = learner.plan(schedule, 0)
     constants = ("timesteps", "signal_scale", "noise_scale", "next_signal_scale")

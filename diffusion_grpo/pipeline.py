@@ -7,8 +7,8 @@ weights and one program serves the policy, the old policy and the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -25,47 +25,58 @@ from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, 
 from diffusion_grpo.samplers import Solver, make_solver, solve
 from diffusion_grpo.sampling import SamplingDefaults
 from diffusion_grpo.schedule import Schedule, scaled_noise
+from diffusion_grpo.text_encoding import TextConditionedUNet
+
+
+class LoRAOptions(TypedDict):
+    """An adapter as `attach_lora` takes it."""
+
+    targets: Sequence[str]
+    rank: int
+    alpha: float
 
 
 class TrainablePolicy:
-    """A UNet split into what is trained and what is not.
+    """A UNet, or one behind its text encoders, split into what is trained and what is not.
 
     Attributes:
         trained: the initial trained parameters, float32; they are the reference policy's too.
         frozen: the other parameters.
         learns_noise: whether the trained parameters hold a log noise scale of each step.
+        reads_tokens: whether the network is conditioned on tokens, and not on text states.
     """
 
     def __init__(
         self,
-        unet: nnx.Module,
+        network: nnx.Module,
         guidance_scale: float,
         trainable: Any = nnx.Param,
         *,
         noise_steps: int | None = None,
     ):
-        """Split a UNet.
+        """Split a network.
 
         Args:
-            unet: the network; adapters already attached.
+            network: a UNet or a `TextConditionedUNet`; adapters already attached.
             guidance_scale: s of classifier-free guidance.
             trainable: NNX filter of the trained parameters (`LoRAParam` for an adapter).
             noise_steps: T, to train a log noise scale of each of the rollout's steps too, from 0;
                 None leaves the noise as scheduled.
         """
-        self._graphdef, network, self.frozen = nnx.split(unet, trainable, ...)
+        self.reads_tokens = isinstance(network, TextConditionedUNet)
+        self._graphdef, trained, self.frozen = nnx.split(network, trainable, ...)
         self._guidance_scale = guidance_scale
         self.learns_noise = noise_steps is not None
-        self.trained: Any = network
+        self.trained: Any = trained
         if noise_steps is not None:
             self.trained = {
-                "unet": network,
+                "unet": trained,
                 "log_noise_scale": jnp.zeros(noise_steps, jnp.float32),
             }
 
     def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
         """Return the guided denoiser with the given parameters."""
-        network, frozen = gathered(self._network(trained)), gathered(frozen)
+        network, frozen = gathered(self._parameters(trained)), gathered(frozen)
 
         def apply(sample: Array, timesteps: Array, conditioning: Conditioning) -> Array:
             return nnx.merge(self._graphdef, network, frozen)(sample, timesteps, **conditioning)
@@ -76,12 +87,12 @@ class TrainablePolicy:
         """Return the rollout's schedule with the policy's own noise, where it learns one."""
         return scaled_noise(schedule, trained["log_noise_scale"]) if self.learns_noise else schedule
 
-    def unet(self, trained: Any, frozen: Any = None) -> Any:
+    def network(self, trained: Any, frozen: Any = None) -> Any:
         """Return the network with the given trained parameters, and the others as they are."""
         others = self.frozen if frozen is None else frozen
-        return nnx.merge(self._graphdef, self._network(trained), others)
+        return nnx.merge(self._graphdef, self._parameters(trained), others)
 
-    def _network(self, trained: Any) -> Any:
+    def _parameters(self, trained: Any) -> Any:
         return trained["unet"] if self.learns_noise else trained
 
 
@@ -89,23 +100,46 @@ def make_policy(
     model: StableDiffusion,
     *,
     guidance_scale: float,
-    lora: dict[str, Any] | None = None,
+    lora: Mapping[str, LoRAOptions] | None = None,
+    clip_skip: int = 0,
     noise_steps: int | None = None,
     seed: int = 0,
 ) -> TrainablePolicy:
-    """Prepare a checkpoint's UNet for training.
+    """Prepare a checkpoint's UNet for training, and its text encoders where they have adapters.
 
     Args:
-        model: the pipeline; with an adapter, its UNet gains the adapter's layers.
+        model: the pipeline; with an adapter, its networks gain the adapter's layers.
         guidance_scale: s of classifier-free guidance, in sampling and update alike.
-        lora: `targets`, `rank`, `alpha` of the adapter; None trains all parameters.
+        lora: component → its adapter: of `unet`, and of the text encoders where they are trained
+            (one that the pipeline lacks is left out); None trains all parameters of the UNet.
+        clip_skip: layers of the text encoders to skip, where they are trained.
         noise_steps: T, to learn a noise scale of each of the rollout's steps; None for none.
         seed: of the adapter's initial values.
     """
     if lora is None:
         return TrainablePolicy(model.unet, guidance_scale, noise_steps=noise_steps)
-    attach_lora(model.unet, rngs=nnx.Rngs(seed), **lora)
-    return TrainablePolicy(model.unet, guidance_scale, LoRAParam, noise_steps=noise_steps)
+    parts = {name: getattr(model, name) for name in lora}
+    network = adapted_network(parts, lora, clip_skip=clip_skip, rngs=nnx.Rngs(seed))
+    return TrainablePolicy(network, guidance_scale, LoRAParam, noise_steps=noise_steps)
+
+
+def adapted_network(
+    parts: Mapping[str, Any],
+    lora: Mapping[str, LoRAOptions],
+    *,
+    clip_skip: int,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """Attach adapters to the components of a pipeline, in place; see `make_policy`.
+
+    Returns:
+        The UNet, or, where there are others, a `TextConditionedUNet` of them all.
+    """
+    present = {name: part for name, part in parts.items() if part is not None}
+    for name, part in present.items():
+        attach_lora(part, rngs=rngs, **lora[name])
+    unet = present.pop("unet")
+    return TextConditionedUNet(unet, present, clip_skip=clip_skip) if present else unet
 
 
 def make_decoder(model: StableDiffusion) -> Callable[[Float[Array, "B h w c"]], Any]:

@@ -23,16 +23,16 @@ from diffusion_grpo.devices import Device
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lanes import MOST, cores
 from diffusion_grpo.learning import GRPOLearner, make_learner
-from diffusion_grpo.lora import LoRAParam, attach_lora
+from diffusion_grpo.lora import LoRAParam
 from diffusion_grpo.models.kernels import planned_for
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
 from diffusion_grpo.optim import make_optimizer
-from diffusion_grpo.pipeline import TrainablePolicy
+from diffusion_grpo.pipeline import TrainablePolicy, adapted_network
 from diffusion_grpo.preparation import lora_options, make_rollout
 from diffusion_grpo.pretrained import DTYPES, local_directory
 from diffusion_grpo.programs import noise_steps, update_arguments
-from diffusion_grpo.published import ARCHITECTURES, HUB_IDS, Architecture
+from diffusion_grpo.published import ARCHITECTURES, HUB_IDS, Architecture, text_networks
 from diffusion_grpo.schedule import SchedulerConfig
 
 USABLE = 0.92  # share of a device's memory that a run can have
@@ -131,15 +131,20 @@ class _Planner:
         self.config, self.model, self.device, self.count = config, model, device, count
         dtype = DTYPES[config.model.dtype]
         full = config.model.trainable == "full"
-        kw = {"dtype": dtype, "param_dtype": jnp.float32 if full else dtype}
+        frozen = {"dtype": dtype, "param_dtype": dtype}
+        lora = lora_options(config)
 
-        def network() -> UNet2DConditionModel:
-            unet = UNet2DConditionModel(model.unet, rngs=nnx.Rngs(0), **kw)
+        def network() -> nnx.Module:
+            rngs, master = nnx.Rngs(0), jnp.float32 if full else dtype
+            unet = UNet2DConditionModel(model.unet, dtype=dtype, param_dtype=master, rngs=rngs)
             unet.gradient_checkpointing = config.model.gradient_checkpointing
-            options = lora_options(config)
-            if options is not None:
-                attach_lora(unet, rngs=nnx.Rngs(0), **options)
-            return unet
+            if lora is None:
+                return unet
+            parts: dict[str, Any] = {"unet": unet}
+            if "text_encoder" in lora:
+                for name, (kind, text) in text_networks(model).items():
+                    parts[name] = kind(text, rngs=rngs, **frozen)
+            return adapted_network(parts, lora, clip_skip=config.model.clip_skip, rngs=rngs)
 
         self.dtype = dtype
         self.policy = TrainablePolicy(
@@ -164,8 +169,10 @@ class _Planner:
     def conditioning(self, size: int) -> tuple[Any, Any]:
         """Return the shapes of what the denoiser is conditioned on."""
         unet, tokens = self.model.unet, self.model.tokens
+        encoders = len(text_networks(self.model)) if self.policy.reads_tokens else 0
         prompts, negative = (
-            conditioning_shapes(unet, count, tokens, self.dtype) for count in (size, 1)
+            conditioning_shapes(unet, count, tokens, self.dtype, encoders=encoders)
+            for count in (size, 1)
         )
         return prompts, negative
 
@@ -211,6 +218,8 @@ class _Planner:
             return nnx.merge(graphdef, weights).decode(latents)
 
         trained, frozen = size_of(self.policy.trained), size_of(self.policy.frozen)
+        if not self.policy.reads_tokens:
+            frozen += self.text_bytes()
         optimizer, _ = make_optimizer(config.optim, 1, config.run.iterations)
         state = size_of(jax.eval_shape(optimizer.init, self.policy.trained))
 
@@ -220,7 +229,7 @@ class _Planner:
             return min(here, microbatches)
 
         held = {
-            "frozen parameters": frozen + size_of(vae_weights) + self.text_bytes(),
+            "frozen parameters": frozen + size_of(vae_weights),
             "trained parameters": trained,
             "reference": trained,
             "optimizer state": state + (trained if config.optim.ema_decay is not None else 0),

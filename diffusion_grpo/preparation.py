@@ -20,13 +20,14 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import by_rows, join_rows, own_rows, take_rows
-from diffusion_grpo.pipeline import TrainablePolicy, make_sampler
+from diffusion_grpo.pipeline import LoRAOptions, TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt
 from diffusion_grpo.reward import RewardSet, Scoring
 from diffusion_grpo.rollout import Trajectory, sample
 from diffusion_grpo.run_lock import LOCK_FILE, RunLock
 from diffusion_grpo.schedule import Schedule
+from diffusion_grpo.text_encoding import ENCODERS
 from diffusion_grpo.trajectories import PolicySteps, UpdateBatch, policy_steps
 
 SCRATCH = "config.yaml.tmp"
@@ -174,14 +175,17 @@ def load_model(config: Config, source: Path) -> StableDiffusion:
     return model
 
 
-def lora_options(config: Config) -> dict[str, Any] | None:
-    """Return the adapter's options, or None where all parameters are trained."""
-    if config.model.trainable == "full":
+def lora_options(config: Config) -> dict[str, LoRAOptions] | None:
+    """Return the adapters by component, or None where all parameters of the UNet are trained."""
+    model = config.model
+    if model.trainable == "full":
         return None
+    targets = {"unet": model.lora_targets}
+    if model.train_text_encoder:
+        targets |= dict.fromkeys(ENCODERS, model.text_encoder_targets)
     return {
-        "targets": config.model.lora_targets,
-        "rank": config.model.lora_rank,
-        "alpha": config.model.lora_alpha,
+        part: LoRAOptions(targets=chosen, rank=model.lora_rank, alpha=model.lora_alpha)
+        for part, chosen in targets.items()
     }
 
 

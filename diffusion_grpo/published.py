@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion_grpo.models.clip import CLIPTextModel
+from diffusion_grpo.components import TextEncoder
+from diffusion_grpo.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
 from diffusion_grpo.pretrained import StableDiffusion
@@ -115,8 +116,25 @@ HUB_IDS = {
 }
 
 
+def text_networks(model: Architecture) -> dict[str, tuple[type[TextEncoder], Any]]:
+    """Return the classes and configurations of the text encoders by their folders' names."""
+    import transformers
+
+    found: dict[str, tuple[type[TextEncoder], Any]] = {
+        "text_encoder": (CLIPTextModel, transformers.CLIPTextConfig(**model.text_encoder))
+    }
+    if model.text_encoder_2 is not None:
+        config = transformers.CLIPTextConfig(**model.text_encoder_2)
+        found["text_encoder_2"] = (CLIPTextModelWithProjection, config)
+    return found
+
+
 def random_pipeline(
-    model: Architecture, *, dtype: Any, unet_param_dtype: Any | None = None
+    model: Architecture,
+    *,
+    dtype: Any,
+    unet_param_dtype: Any | None = None,
+    every_encoder: bool = False,
 ) -> StableDiffusion:
     """Build the networks with random weights; there is no tokenizer, so no text can be encoded.
 
@@ -124,19 +142,22 @@ def random_pipeline(
         model: which networks.
         dtype: compute dtype, and that of the parameters.
         unet_param_dtype: of the UNet's parameters, if it differs.
+        every_encoder: build a second text encoder too, for a run that trains them.
     """
     kw = {"dtype": dtype, "param_dtype": dtype}
     unet_kw = kw | {"param_dtype": dtype if unet_param_dtype is None else unet_param_dtype}
-    import transformers
-
-    text_config = transformers.CLIPTextConfig(**model.text_encoder)
+    texts = {
+        name: random_module(kind, config, **kw)
+        for name, (kind, config) in text_networks(model).items()
+        if every_encoder or name == "text_encoder"
+    }
     return StableDiffusion(
         unet=random_module(UNet2DConditionModel, model.unet, **unet_kw),
         vae=random_module(AutoencoderKL, model.vae, **kw),
-        text_encoder=random_module(CLIPTextModel, text_config, **kw),
         tokenizer=None,
         scheduler_config=SchedulerConfig.from_dict(model.scheduler),
         configs={},
+        **texts,
     )
 
 

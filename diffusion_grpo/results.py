@@ -23,6 +23,7 @@ from diffusion_grpo.mesh import alone, to_host
 from diffusion_grpo.model_card import model_card
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.sampling import SamplingDefaults
+from diffusion_grpo.text_encoding import pipeline_parts
 
 
 def update_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -119,7 +120,7 @@ def export(
     Args:
         config: the run's.
         model: what it started from.
-        policy: the UNet, and what of it is frozen.
+        policy: the network, and what of it is frozen.
         trained: what of it is trained.
         directory: the new folder.
         run: the run's directory, if the folder is not in it.
@@ -131,13 +132,15 @@ def export(
     if not processes.leads():
         return
     with alone():
-        unet = policy.unet(trained, frozen)
+        parts = pipeline_parts(policy.network(trained, frozen))
         if config.model.trainable == "lora":
-            write_lora({"unet": lora_factors(unet)}, directory / "lora" / FILE)
-        merge_lora(unet, dtype=jnp.float32)
+            factors = {name: lora_factors(part) for name, part in parts.items()}
+            write_lora(factors, directory / "lora" / FILE)
+        for part in parts.values():
+            merge_lora(part, dtype=jnp.float32)
         sampling = SamplingDefaults(
             config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
         )
-        dataclasses.replace(model, unet=unet, sampling=sampling).save_pretrained(directory)
+        dataclasses.replace(model, sampling=sampling, **parts).save_pretrained(directory)
         card = model_card(run or directory.parent, "diffusers", sampling)
         (directory / "README.md").write_text(card, encoding="utf-8")

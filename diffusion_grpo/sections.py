@@ -40,6 +40,10 @@ class ModelConfig(Section):
     """Scale of the adapter: its output is multiplied by alpha / r."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", r"to_out\.0")
     """Regular expressions; a projection whose dotted path ends in a match gets an adapter."""
+    train_text_encoder: bool = False
+    """Train adapters of the text encoders too, of the same rank and scale; needs trainable lora."""
+    text_encoder_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """As lora_targets, of the text encoders."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
 
@@ -49,14 +53,22 @@ class ModelConfig(Section):
         self.require(bool(self.pretrained.strip()), "pretrained", "a directory, name or hub id")
         self.require_non_negative("clip_skip")
         self.require_positive("lora_rank", "lora_alpha")
-        self.require(bool(self.lora_targets), "lora_targets", "at least one pattern")
-        for pattern in self.lora_targets:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UsageError(
-                    f"model.lora_targets has {pattern!r}; expected a regular expression ({error})"
-                ) from None
+        self.require(
+            self.trainable == "lora" or not self.train_text_encoder,
+            "train_text_encoder",
+            "False with model.trainable = 'full': text encoders are trained by adapters alone, so "
+            "that --model.trainable lora goes with it",
+        )
+        for name in ("lora_targets", "text_encoder_targets"):
+            targets = getattr(self, name)
+            self.require(bool(targets), name, "at least one pattern")
+            for pattern in targets:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UsageError(
+                        f"model.{name} has {pattern!r}; expected a regular expression ({error})"
+                    ) from None
 
 
 @dataclasses.dataclass(frozen=True)

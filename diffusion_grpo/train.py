@@ -80,7 +80,7 @@ class Result:
 def train(
     config: Config, *, resume: bool = False, quiet: bool = False, verbose: bool = False
 ) -> Result:
-    """Fine-tune a checkpoint's UNet against rewards by GRPO.
+    """Fine-tune a checkpoint against rewards by GRPO.
 
     Args:
         config: the run; validated.
@@ -187,6 +187,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                     negative_prompt=rollout.negative_prompt,
                     shape=shape,
                     clip_skip=config.model.clip_skip,
+                    tokens=policy.reads_tokens,
                 )
             conditioning = by_rows_of(encoded_prompts, np.array([rows[i] for i in index]))
 
@@ -311,6 +312,7 @@ def make_policy_and_learner(
         model,
         guidance_scale=rollout.guidance_scale,
         lora=lora_options(config),
+        clip_skip=config.model.clip_skip,
         noise_steps=rollout.num_steps if options.learn_noise_scale else None,
         seed=config.run.seed,
     )

@@ -95,6 +95,21 @@ def test_parameters_are_those_of_the_files(tmp_path):
     assert any("float32 on an accelerator" in line for line in plan["warnings"])
 
 
+def test_adapters_of_the_text_encoder_are_counted():
+    model = find_architecture("shapes-diffusion")
+    lora = [*SMALL, "--model.trainable", "lora", "--model.lora-rank", "4"]
+    memory = []
+    for trained in ("False", "True"):
+        config = load_config("demo", [*lora, "--model.train-text-encoder", trained])
+        memory.append(make_plan(config, model, DEVICES["h100"], 1).memory)
+    text = model.text_encoder
+    added = 4 * 4 * text["num_hidden_layers"] * 4 * 2 * text["hidden_size"]  # q, k, v, out; A, B
+    assert memory[1]["trained parameters"] - memory[0]["trained parameters"] == added
+    # the encoder is counted once, and its position ids are no parameters
+    frozen = [each["frozen parameters"] for each in memory]
+    np.testing.assert_allclose(*frozen, rtol=0.01)
+
+
 def test_a_cpu_holds_what_its_cores_work_on_at_the_same_time(monkeypatch):
     config = load_config("demo", [*SMALL, "--rollout.images-per-prompt", "4"])
     cpu = DEVICES["h100"].__class__("cpu", 1e12, 1e12, 1e11, 1e11, 1e9)

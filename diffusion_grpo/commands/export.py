@@ -98,11 +98,20 @@ def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None
     """Write what is asked for of the model at `place`, the run's or a checkpoint's of it."""
     output = options.output.expanduser()
 
+    from diffusion_grpo.config import load_config
     from diffusion_grpo.lora_files import FILE
     from diffusion_grpo.model_card import model_card
     from diffusion_grpo.sampling import SamplingDefaults, read_sampling
 
     sampling = read_sampling(place) or SamplingDefaults()
+    if (
+        options.format == "merged"
+        and load_config(str(run / "config.yaml")).model.train_text_encoder
+    ):
+        raise UsageError(
+            f"{options.run!r} trained the text encoders too (model.train_text_encoder), and merged "
+            "is the UNet alone; expected --format diffusers or lora"
+        )
     if options.format == "lora":
         source = place / "lora" / FILE
         if not source.is_file():
