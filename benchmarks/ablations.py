@@ -1,18 +1,21 @@
 """What each choice of the preset `demo` is worth: one switch at a time, on the embedded model.
 
     python benchmarks/ablations.py --output runs/ablations --seeds 0 1 2
-    python benchmarks/ablations.py --output runs/ablations --variants demo "step ratio" nft
+    python benchmarks/ablations.py --variants demo "step ratio" nft --plot ablations.webp
+    python benchmarks/ablations.py --table
 
-Runs that are there are not run again, and one that was interrupted goes on, so that the table can
-be made in pieces. `ablations.md` is written after every run: a line a variant, means over the seeds
-with the range; `ablations.json` has the curves. `diffusion-grpo report` on the run directories
-draws them. Wall time is that of the training alone, evaluations left out.
+Results are kept in a record, `benchmarks/ablations.json` with the repository: what is in it is not
+run again, and a run that was interrupted goes on, so that the table can be made in pieces and on
+several machines. Runs are compared with others of the same flags alone. The record and a table
+beside it, a line a variant with means over the seeds and the range, are written after every run.
+Wall time is that of the training alone, evaluations left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +24,12 @@ from typing import Any
 
 # Noise and gradient in all steps.
 WHOLE = ("--rollout.window-start", "0", "--rollout.window-size", "None")
+
+# What every run has beside its variant, if nothing is given after `--`.
+FLAGS = (
+    *("--iterations", "100", "--eval.every", "20", "--eval.keep-best", "False"),
+    *("--run.report", "False", "--run.tensorboard", "off", "--run.sample-every", "0"),
+)
 
 # Variant → flags after `train PRESET`. A rollout of another size keeps the images an iteration.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -107,6 +116,75 @@ def read_run(directory: Path) -> dict[str, Any]:
     return {"rewards": found, "minutes": seconds / 60, "curve": curve}
 
 
+def load_record(file: Path, flags: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the results so far, variant → seed → what `read_run` returns.
+
+    Raises:
+        SystemExit: they are of runs with other flags.
+    """
+    if not file.is_file():
+        return {}
+    record = json.loads(file.read_text())
+    if record["flags"] != list(flags):
+        raise SystemExit(
+            f"{file} holds runs with the flags {record['flags']}, and these have {list(flags)}; "
+            "expected the same, or another --record"
+        )
+    return record["runs"]
+
+
+def add_to_record(file: Path, flags: Sequence[str], variant: str, seed: int, found: Any) -> None:
+    """Put a result into the record, as it is now, and write the table."""
+    runs = load_record(file, flags)
+    runs.setdefault(variant, {})[str(seed)] = found
+    runs = {variant: runs[variant] for variant in VARIANTS if variant in runs}
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps({"flags": list(flags), "runs": runs}, indent=1) + "\n")
+    os.replace(scratch, file)
+    file.with_suffix(".md").write_text(to_table(of_seeds(runs)))
+
+
+def of_seeds(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return each variant's results in the order of the seeds."""
+    return {variant: [found[s] for s in sorted(found, key=int)] for variant, found in runs.items()}
+
+
+def gold_of(row: Mapping[str, Any]) -> Any:
+    """Return what belongs to the verifier's strict verdict, of a mapping by rewards."""
+    return next(row[name] for name in ("shapes_exact", "shapes") if name in row)
+
+
+def plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
+    """Draw the share that the verifier finds right against minutes, means and range of the seeds.
+
+    Args:
+        runs: variant → what `read_run` returns of each seed.
+        file: a picture.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=110)
+    for variant, found in runs.items():
+        lines = [
+            [(0.0, gold_of(run["rewards"])["before"])]
+            + [(row["minutes"], gold_of(row)) for row in run["curve"]]
+            + [(run["minutes"], gold_of(run["rewards"])["after"])]
+            for run in found
+        ]
+        points = [list(zip(*same, strict=True)) for same in zip(*lines, strict=True)]
+        minutes = [sum(times) / len(times) for times, _ in points]
+        means = [100 * sum(values) / len(values) for _, values in points]
+        (line,) = axes.plot(minutes, means, marker="o", markersize=3, label=variant)
+        bounds = [[100 * pick(values) for _, values in points] for pick in (min, max)]
+        axes.fill_between(minutes, *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.set_xlabel("minutes of training on one core")
+    axes.set_ylabel("images right, % (360 held-out prompts)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
 def spread(values: Sequence[float], scale: float, digits: int) -> str:
     """Return the mean, and the range where there is more than one value."""
     mean = sum(values) / len(values)
@@ -127,10 +205,7 @@ def to_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for variant, found in runs.items():
-        gold = [
-            next(r["rewards"][n] for n in ("shapes_exact", "shapes") if n in r["rewards"])
-            for r in found
-        ]
+        gold = [gold_of(r["rewards"]) for r in found]
         clip = [r["rewards"]["clip"]["after"] for r in found if "clip" in r["rewards"]]
         cells = [
             variant,
@@ -152,23 +227,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--record", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--plot", type=Path, help="draw the chosen variants' curves to this file")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     parser.add_argument("flags", nargs="*", help="after --: for every run, e.g. --eval.every 25")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
+    flags = options.flags or list(FLAGS)
+    for seed in () if options.table else options.seeds:
         for variant in options.variants:
-            train(directory_of(options.output, variant, seed), variant, seed, options.flags)
-            places = {
-                v: [directory_of(options.output, v, s) for s in options.seeds]
-                for v in options.variants
-            }
-            done = {
-                v: [read_run(p) for p in paths if (p / "evaluation.json").is_file()]
-                for v, paths in places.items()
-            }
-            done = {variant: found for variant, found in done.items() if found}
-            (options.output / "ablations.md").write_text(to_table(done))
-            (options.output / "ablations.json").write_text(json.dumps(done, indent=1) + "\n")
+            if str(seed) in load_record(options.record, flags).get(variant, {}):
+                continue
+            directory = directory_of(options.output, variant, seed)
+            train(directory, variant, seed, flags)
+            add_to_record(options.record, flags, variant, seed, read_run(directory))
+    runs = load_record(options.record, flags)
+    chosen = of_seeds({v: runs[v] for v in options.variants if v in runs})
+    print(to_table(chosen), end="")
+    if options.plot is not None:
+        plot(chosen, options.plot)
 
 
 if __name__ == "__main__":

@@ -53,3 +53,18 @@ def test_the_table_has_means_and_ranges_of_the_seeds(tmp_path):
     table = ablations.to_table({"demo": runs, "nft": runs[:1]})
     assert "| demo | 2 | 48.0 (48.0 to 48.0) | 65.0 (60.0 to 70.0) | 0.6100 (" in table
     assert "| nft | 1 | 48.0 | 60.0 | 0.6100 | 2.0 |" in table
+
+
+def test_a_record_grows_and_is_of_one_kind_of_run(tmp_path):
+    file = tmp_path / "record.json"
+    before = {"shapes": {"before": 0.4, "after": 0.5}}
+    found = {"rewards": before, "minutes": 3.0, "curve": [{"minutes": 1.0, "shapes": 0.45}]}
+    for variant, seed in (("nft", 10), ("nft", 2), ("demo", 0)):
+        ablations.add_to_record(
+            file, ["--eval.every", "5"], variant, seed, found | {"minutes": seed}
+        )
+    runs = ablations.of_seeds(ablations.load_record(file, ["--eval.every", "5"]))
+    assert list(runs) == ["demo", "nft"] and [r["minutes"] for r in runs["nft"]] == [2, 10]
+    assert "| nft | 2 | 40.0" in file.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit, match="expected the same"):
+        ablations.load_record(file, [])

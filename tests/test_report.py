@@ -11,6 +11,7 @@ from recorded_run import HOSTILE, record_run
 
 from diffusion_grpo.commands.view import make_server
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.metrics import MetricsLog, metric_meanings, read_metrics
 from diffusion_grpo.report import report_data, report_page, write_report
 from diffusion_grpo.report_warnings import run_warnings
@@ -94,9 +95,17 @@ def test_swipe_moves_the_border_between_before_and_after(opened):
     left = float(page.locator("#swipe-line").evaluate("node => parseFloat(node.style.left)"))
     assert 20 < left < 30
     before = page.locator("#swipe-caption").inner_text()
+    first = int(page.locator("#swipe-prompt").input_value())
     page.locator("#swipe-next").click()
     assert page.locator("#swipe-caption").inner_text() != before
-    assert page.locator("#swipe-prompt").input_value() == "1"
+    assert int(page.locator("#swipe-prompt").input_value()) == (first + 1) % 24
+
+
+def test_swipe_begins_with_the_prompt_that_gained_most(opened, run_dir):
+    entries = Gallery(run_dir).entries("evaluation")
+    total = [np.asarray(entry.scores["total"]) for entry in (entries[0], entries[-1])]
+    most = int(np.argmax(total[1] - total[0]))
+    assert opened().locator("#swipe-prompt").input_value() == str(most)
 
 
 def test_table_is_sorted_and_filtered(opened, run_dir):

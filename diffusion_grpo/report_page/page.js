@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const COLORS = ["#2457c5", "#c2571a", "#11734b", "#8a3fb0", "#a8862a", "#b32d5d", "#24808a", "#6b7078"];
 const DARK = ["#86aefc", "#f0a063", "#62cf98", "#cf9bea", "#e2c363", "#f08cb0", "#6fcbd6", "#b3b9c2"];
-const state = { run: 0, zoom: null, smooth: 0, evaluation: null, rollout: null, prompt: 0, score: "total",
+const state = { run: 0, zoom: null, smooth: 0, evaluation: null, rollout: null, prompt: null, score: "total",
   sort: { key: "difference", down: true }, filter: "", all: false, playing: 0, any: "", follow: true };
 
 // ---- small helpers -------------------------------------------------------------------------
@@ -237,12 +237,15 @@ function swipe() {
   const list = run().evaluations;
   if (!list.length) return;
   const before = list[0], after = list.at(-1);
-  state.prompt = Math.min(state.prompt, before.prompts.length - 1);
-  fill($("swipe-prompt"), before.prompts.map((text, i) => [i, text]), state.prompt);
-  paint($("swipe-before"), before, state.prompt, "before: " + before.prompts[state.prompt]);
-  paint($("swipe-after"), after, state.prompt, "after: " + after.prompts[state.prompt]);
-  const a = scoreOf(before, state.score, state.prompt), b = scoreOf(after, state.score, state.prompt);
-  $("swipe-caption").textContent = `${before.prompts[state.prompt]} — before ${number(a, 3)} (left), after ${after.iteration} iterations ${number(b, 3)} (right)`;
+  // At first the prompt that gained most: the first one's pictures may show nothing.
+  const gains = before.prompts.map((_, j) => scoreOf(after, state.score, j) - scoreOf(before, state.score, j));
+  const most = gains.reduce((best, gain, j) => gain > gains[best] ? j : best, 0);
+  const i = state.shown = Math.min(state.prompt ?? most, before.prompts.length - 1);
+  fill($("swipe-prompt"), before.prompts.map((text, j) => [j, text]), i);
+  paint($("swipe-before"), before, i, "before: " + before.prompts[i]);
+  paint($("swipe-after"), after, i, "after: " + after.prompts[i]);
+  const a = scoreOf(before, state.score, i), b = scoreOf(after, state.score, i);
+  $("swipe-caption").textContent = `${before.prompts[i]} — before ${number(a, 3)} (left), after ${after.iteration} iterations ${number(b, 3)} (right)`;
 }
 function swipeTo(value) {
   $("swipe-range").value = value;
@@ -348,7 +351,7 @@ $("lapse-play").onclick = () => {
   state.playing = setInterval(() => { state.evaluation = (state.evaluation + 1) % run().evaluations.length; lapse(); }, 700);
 };
 $("swipe-prompt").onchange = (e) => { state.prompt = +e.target.value; swipe(); };
-const turn = (by) => { const n = run().evaluations[0].prompts.length; state.prompt = (state.prompt + by + n) % n; swipe(); };
+const turn = (by) => { const n = run().evaluations[0].prompts.length; state.prompt = (state.shown + by + n) % n; swipe(); };
 $("swipe-prev").onclick = () => turn(-1);
 $("swipe-next").onclick = () => turn(1);
 $("swipe-range").oninput = (e) => swipeTo(+e.target.value);
