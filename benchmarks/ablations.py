@@ -34,22 +34,24 @@ FLAGS = (
 # Variant → flags after `train PRESET`. A rollout of another size keeps the images an iteration.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "demo": (),
+    "uniform step weights": ("--grpo.step-weights", "uniform"),
+    "learn from all images": ("--grpo.best-and-worst", "None"),
+    "2 best and worst": ("--grpo.best-and-worst", "2"),
+    "own initial noise": ("--rollout.same-initial-noise", "False"),
     "no window": WHOLE,
-    "window of steps 2 to 6": ("--rollout.window-start", "2", "--rollout.window-size", "5"),
+    "window of steps 1 to 5": ("--rollout.window-size", "5"),
     "window of steps 0 to 2": ("--rollout.window-start", "0", "--rollout.window-size", "3"),
     "no window, K = T/2": (*WHOLE, "--grpo.gradient-steps", "5"),
     "no window, K = T/4": (*WHOLE, "--grpo.gradient-steps", "3"),
     "step ratio": ("--grpo.ratio", "step"),
     "two updates a rollout": ("--grpo.updates-per-rollout", "2"),
-    "own initial noise": ("--rollout.same-initial-noise", "False"),
-    "weights by gain": ("--grpo.step-weights", "gain"),
-    "4 prompts of 16": (
+    "4 prompts of 32, 8 best and worst": (
         *("--rollout.prompts-per-iteration", "4"),
-        *("--rollout.images-per-prompt", "16"),
+        *("--rollout.images-per-prompt", "32", "--grpo.best-and-worst", "8"),
     ),
-    "16 prompts of 4": (
+    "16 prompts of 8, 2 best and worst": (
         *("--rollout.prompts-per-iteration", "16"),
-        *("--rollout.images-per-prompt", "4"),
+        *("--rollout.images-per-prompt", "8", "--grpo.best-and-worst", "2"),
     ),
     "KL of 0.01": ("--grpo.beta", "0.01"),
     "half the learning rate": ("--optim.learning-rate", "2e-4"),
@@ -57,7 +59,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "LoRA": ("--model.trainable", "lora", "--optim.learning-rate", "1e-3"),
     "guidance 3": ("--rollout.guidance-scale", "3"),
     "nft": (
-        *("--grpo.algorithm", "nft", "--grpo.kl", "mse", "--iterations", "120"),
+        *("--grpo.algorithm", "nft", "--grpo.kl", "mse", "--grpo.step-weights", "uniform"),
         *("--rollout.window-start", "0", "--rollout.window-size", "3"),
     ),
     "demo-gold": (),

@@ -25,6 +25,7 @@ from jaxtyping import Array
 
 from diffusion_grpo.conditioning import conditioning_shapes, encode_prompts, of_rows
 from diffusion_grpo.config import Config
+from diffusion_grpo.consistency import images_learned_from
 from diffusion_grpo.flops import count_flops
 from diffusion_grpo.learner import Rollout, image_advantages, penalized
 from diffusion_grpo.learning import GRPOLearner, make_learner
@@ -232,6 +233,11 @@ class Workload:
         active = len(self.learner.plan(self.learner.schedule(0), 0).active)
         return active, self.config.grpo.gradient_steps or active
 
+    @property
+    def images_learned(self) -> int:
+        """Images of an iteration that the update is given."""
+        return images_learned_from(self.config.rollout, self.config.grpo)
+
     def flops(self) -> dict[str, float]:
         """Count the model's operations of sampling and update; recomputation does not count."""
         config = self.config
@@ -247,7 +253,7 @@ class Workload:
             update = config.grpo.updates_per_rollout * differentiated * both
             counted |= {
                 "forward_backward": both,
-                "update": float(images * (update + sweeps * active * forward)),
+                "update": float(self.images_learned * (update + sweeps * active * forward)),
             }
         return counted
 
@@ -376,7 +382,7 @@ def measure(
         if name == "encode":
             count, unit = work.config.rollout.prompts_per_iteration + 1, "prompts/s"
         elif name == "update":
-            count, unit = images * work.steps_learned[1], "policy steps/s"
+            count, unit = work.images_learned * work.steps_learned[1], "policy steps/s"
             count *= work.config.grpo.updates_per_rollout
         rates[name] = {"rate": count / timing.median, "unit": unit}
         record["memory"] = work.memory() if name == "update" else record.get("memory", {})
@@ -408,6 +414,7 @@ def describe(work: Workload) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "work": {
             "images": config.rollout.num_images,
+            "images_learned": work.images_learned,
             "steps": config.rollout.num_steps,
             "steps_learned": differentiated,
             "steps_active": active,
@@ -436,7 +443,8 @@ def table(record: Mapping[str, Any]) -> str:
     work, device = record["work"], record["device"]
     lines = [
         f"{device['count']} x {device['kind']} ({device['platform']}), {work['dtype']}, "
-        f"{work['images']} images of {work['steps']} steps, {work['steps_learned']} learned from",
+        f"{work['images']} images of {work['steps']} steps, {work['steps_learned']} learned from "
+        f"in {work['images_learned']} of them",
         f"{'phase':<14}{'first call':>12}{'median':>12}{'rate':>24}{'MFU':>8}",
     ]
     for name, seconds in record["seconds"].items():

@@ -134,7 +134,7 @@ def demo() -> Config:
         model=ModelConfig(pretrained="shapes-diffusion", trainable="full"),
         rollout=RolloutConfig(
             prompts_per_iteration=8,
-            images_per_prompt=8,
+            images_per_prompt=16,
             num_steps=10,
             guidance_scale=1.0,
             microbatch=32,
@@ -146,13 +146,19 @@ def demo() -> Config:
             rewards=("clip=1.0",), options=("clip.model=shapes-clip", "shapes.partial_credit=false")
         ),
         grpo=GRPOOptions(
-            clip_low=2.9e-4, clip_high=2.9e-4, beta=0.0, updates_per_rollout=1, microbatch=32
+            best_and_worst=4,
+            clip_low=2.9e-4,
+            clip_high=2.9e-4,
+            beta=0.0,
+            step_weights="gain",
+            updates_per_rollout=1,
+            microbatch=32,
         ),
         optim=OptimConfig(
             learning_rate=4e-4, schedule="cosine", beta2=0.99, warmup_iterations=4, ema_decay=0.95
         ),
         eval=EvalConfig(num_prompts=360, num_steps=20, gold=("shapes",)),
-        run=RunConfig(output="runs/demo", iterations=400),
+        run=RunConfig(output="runs/demo", iterations=300),
     )
 
 

@@ -137,6 +137,7 @@ def peer_spec(work: Workload, mode: str) -> dict[str, Any]:
         "optim": dataclasses.asdict(config.optim),
         "images": config.rollout.num_images,
         "group_size": config.rollout.images_per_prompt,
+        "best_and_worst": config.grpo.best_and_worst,
         "microbatch": config.rollout.microbatch,
         "update_microbatch": config.grpo.microbatch,
         "guidance_scale": config.rollout.guidance_scale,

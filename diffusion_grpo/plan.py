@@ -18,6 +18,7 @@ from flax import nnx
 
 from diffusion_grpo.conditioning import conditioning_shapes
 from diffusion_grpo.config import Config
+from diffusion_grpo.consistency import images_learned_from
 from diffusion_grpo.costs import Cost, program_cost
 from diffusion_grpo.devices import Device
 from diffusion_grpo.errors import UsageError
@@ -206,6 +207,7 @@ class _Planner:
         config, device, count = self.config, self.device, self.count
         rollout, options = config.rollout, config.grpo
         images = rollout.num_images // count
+        chosen = images_learned_from(rollout, options) // count
         drawn, learned = rollout.microbatch // count, options.microbatch // count
         vae = nnx.eval_shape(
             lambda: AutoencoderKL(
@@ -233,7 +235,7 @@ class _Planner:
             "trained parameters": trained,
             "reference": trained,
             "optimizer state": state + (trained if config.optim.ema_decay is not None else 0),
-            "gradient": trained * lanes(images // learned),
+            "gradient": trained * lanes(chosen // learned),
             "trajectories": self.trajectory_bytes(images),
         }
         sample, update = self.sample(drawn), self.update(learned)
@@ -241,15 +243,16 @@ class _Planner:
         programs = {
             "while sampling": round(device.slack * sample.peak * lanes(images // drawn)),
             "while decoding": round(device.slack * decoded.peak),
-            "while updating": round(device.slack * update.peak * lanes(images // learned)),
+            "while updating": round(device.slack * update.peak * lanes(chosen // learned)),
         }
         active, steps = self.steps()
         updates, needs = options.updates_per_rollout, self.learner.loss.config
         sweeps = updates - 1 if options.ratio == "trajectory" else 0
         sweeps += bool(needs.needs_reference_means or needs.needs_reference_log_probs)
         sweeps += bool(needs.needs_old_means)
-        calls = images // learned * steps * updates
+        calls = chosen // learned * steps * updates
         extra = sweeps * active / rollout.num_steps  # forward sweeps, in rollouts
+        extra *= chosen / images
         parts = images // drawn
         rate = device.flops if config.model.dtype == "bfloat16" else device.flops_float32
         resources = (rate * device.efficiency, device.bandwidth * device.bandwidth_efficiency)
@@ -268,7 +271,7 @@ class _Planner:
         }
         found = Plan(held | programs, seconds, flops, communicated, 0, False, [])
         limit = USABLE * device.memory
-        largest = self.largest(sum(held.values()), update, learned, limit, images)
+        largest = self.largest(sum(held.values()), update, learned, limit, chosen)
         return dataclasses.replace(
             found,
             largest_microbatch=largest,

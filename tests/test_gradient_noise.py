@@ -48,6 +48,7 @@ def test_it_measures_a_run_s_configuration(algorithm, tmp_path, monkeypatch, cap
         grpo__kl="exact" if algorithm == "grpo" else "mse",
         nft__timesteps=1,
         rollout__window_size=1,
+        grpo__step_weights="uniform",
         reward__rewards="brightness",
     )
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, "demo", "--gradients", "2", "--json", *words])

@@ -19,7 +19,7 @@ from diffusion_grpo.resources import resource_path
 
 KIB = 1024
 SMALL = ["--rollout.prompts-per-iteration", "2", "--rollout.images-per-prompt", "2"]
-SMALL += ["--grpo.best-and-worst", "None"]
+SMALL += ["--grpo.best-and-worst", "None", "--grpo.step-weights", "uniform"]
 SMALL += ["--rollout.num-steps", "3", "--rollout.window-size", "1", "--rollout.microbatch", "4"]
 SMALL += ["--grpo.microbatch", "4"]
 

@@ -16,10 +16,6 @@ from diffusion_grpo.errors import UsageError
 
 # What is small enough to be measured in seconds to minutes; flags change it.
 GEOMETRIES: dict[str, dict[str, dict[str, Any]]] = {
-    "demo": {
-        "rollout": {"prompts_per_iteration": 8, "images_per_prompt": 8},
-        "grpo": {"best_and_worst": None},
-    },
     "sd15": {
         "rollout": {
             "prompts_per_iteration": 2,
@@ -66,7 +62,7 @@ class BenchOptions:
     prompts: int | None = None
     """P, prompts an iteration. Options that are not given are the preset's."""
     images_per_prompt: int | None = None
-    """G, images of one prompt."""
+    """G, images of one prompt; given, the update learns from all of them."""
     steps: int | None = None
     """T, denoising steps."""
     window: int | None = None
@@ -170,10 +166,12 @@ def bench_config(options: BenchOptions, *, random: bool) -> Any:
             changes.setdefault(section, {})[field] = value
     if options.microbatch is not None and options.update_microbatch is None:
         changes.setdefault("grpo", {})["microbatch"] = options.microbatch
+    if options.images_per_prompt is not None:
+        changes.setdefault("grpo", {})["best_and_worst"] = None
     if options.window == 0:
-        changes["rollout"]["window_size"] = None
+        changes.setdefault("rollout", {})["window_size"] = None
     if options.lora_rank is not None:
-        changes["model"]["lora_alpha"] = float(options.lora_rank)
+        changes.setdefault("model", {})["lora_alpha"] = float(options.lora_rank)
     reward = options.reward or ("brightness" if random or options.against else None)
     if reward is not None:
         changes["reward"] = {"rewards": (reward,), "options": ()}

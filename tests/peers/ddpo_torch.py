@@ -108,6 +108,7 @@ class Loop:
             self.run_reference = None if self.reference is None else torch.compile(self.reference)
             self.decode = torch.compile(self.vae.decode)
         n, d = spec["text_states"]
+        self.all_rows = torch.arange(spec["images"], device=self.device)
         self.text = torch.randn(spec["images"], n, d, device=self.device, dtype=self.dtype)
         self.negative = torch.randn(1, n, d, device=self.device, dtype=self.dtype)
         h, w, c = spec["latent"]
@@ -118,7 +119,7 @@ class Loop:
         }
         self.std = spec["schedule"]["std"]
 
-    def predict(self, network: Any, x: torch.Tensor, i: int, rows: slice) -> torch.Tensor:
+    def predict(self, network: Any, x: torch.Tensor, i: int, rows: Any) -> torch.Tensor:
         """The guided output, float32."""
         text, t = self.text[rows], self.schedule["timesteps"][i]
         scale, count = spec["guidance_scale"], len(x)
@@ -133,7 +134,7 @@ class Loop:
             out = plain + scale * (prompted - plain)
         return out
 
-    def mean(self, network: Any, x: torch.Tensor, i: int, rows: slice) -> torch.Tensor:
+    def mean(self, network: Any, x: torch.Tensor, i: int, rows: Any) -> torch.Tensor:
         """The mean of the step from x (DDIM-eta)."""
         out, s = self.predict(network, x, i, rows), self.schedule
         signal, noise = s["signal_scale"][i], s["noise_scale"][i]
@@ -184,13 +185,15 @@ class Loop:
         return (levels.float().mean(dim=(2, 3)) / 255) @ luma
 
     @torch.no_grad()
-    def reference_means(self, latents: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    def reference_means(
+        self, latents: list[torch.Tensor], chosen: torch.Tensor
+    ) -> dict[int, torch.Tensor]:
         network = self.run if self.run_reference is None else self.run_reference
         LoRALinear.enabled = False
-        size, count, means = spec["microbatch"], spec["images"], {}
+        means = {}
         for i in spec["active"]:
-            rows = [slice(start, start + size) for start in range(0, count, size)]
-            means[i] = torch.cat([self.mean(network, latents[i][r], i, r) for r in rows])
+            parts = chosen.split(spec["microbatch"])
+            means[i] = torch.cat([self.mean(network, latents[i][r], i, r) for r in parts])
         LoRALinear.enabled = True
         return means
 
@@ -198,18 +201,24 @@ class Loop:
         groups = rewards.view(-1, spec["group_size"])
         spread = groups.std(dim=1, unbiased=False, keepdim=True) + 1e-8
         advantages = ((groups - groups.mean(dim=1, keepdim=True)) / spread).view(-1)
-        means = self.reference_means(latents) if spec["beta"] else {}
-        size, clip, count = spec["update_microbatch"], spec["clip"], spec["images"]
+        chosen, extremes = self.all_rows, spec["best_and_worst"]
+        if extremes is not None:
+            order = advantages.view(groups.shape).argsort(dim=1)
+            places = torch.cat([order[:, :extremes], order[:, -extremes:]], dim=1)
+            chosen = self.all_rows.view(groups.shape).gather(1, places).view(-1)
+        means = self.reference_means(latents, chosen) if spec["beta"] else {}
+        size, clip, count = spec["update_microbatch"], spec["clip"], len(chosen)
         share = len(spec["active"]) / len(spec["steps"])
         for start in range(0, count, size):
-            rows = slice(start, start + size)
+            part = slice(start, start + size)
+            rows = chosen[part] if extremes is not None else part
             gain = advantages[rows]
             for i in spec["steps"]:
                 mean = self.mean(self.run, latents[i][rows], i, rows)
                 ratio = (self.log_prob(latents[i + 1][rows], mean, i) - old[i][rows]).exp()
                 loss = -torch.minimum(gain * ratio, gain * ratio.clamp(1 - clip, 1 + clip)).sum()
                 if spec["beta"]:
-                    gap = F.mse_loss(mean, means[i][rows], reduction="none").mean(dim=(1, 2, 3))
+                    gap = F.mse_loss(mean, means[i][part], reduction="none").mean(dim=(1, 2, 3))
                     loss = loss + spec["beta"] * (gap / (2 * self.std[i] ** 2)).sum()
                 (share * loss / count).backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.max_norm)
