@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "uniform step weights": ("--grpo.step-weights", "uniform"),
     "learn from all images": ("--grpo.best-and-worst", "None"),
     "2 best and worst": ("--grpo.best-and-worst", "2"),
-    "own initial noise": ("--rollout.same-initial-noise", "False"),
+    "one initial noise a group": ("--rollout.same-initial-noise", "True"),
     "no window": WHOLE,
     "window of steps 1 to 5": ("--rollout.window-size", "5"),
     "window of steps 0 to 2": ("--rollout.window-start", "0", "--rollout.window-size", "3"),

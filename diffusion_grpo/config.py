@@ -138,7 +138,6 @@ def demo() -> Config:
             num_steps=10,
             guidance_scale=1.0,
             microbatch=32,
-            same_initial_noise=True,
             window_start=1,
             window_size=8,
         ),
@@ -158,7 +157,7 @@ def demo() -> Config:
             learning_rate=4e-4, schedule="cosine", beta2=0.99, warmup_iterations=4, ema_decay=0.95
         ),
         eval=EvalConfig(num_prompts=360, num_steps=20, gold=("shapes",)),
-        run=RunConfig(output="runs/demo", iterations=300),
+        run=RunConfig(output="runs/demo", iterations=380),
     )
 
 
