@@ -36,7 +36,8 @@ COMMAND = r"(?:\.venv/bin/)?diffusion-grpo [^`\n]*?"
 TINY = """--rollout.height 32 --rollout.width 32 --rollout.prompts-per-iteration 1
 --grpo.best-and-worst None --rollout.images-per-prompt 2
 --rollout.num-steps 2 --rollout.microbatch 2 --grpo.microbatch 2
---grpo.updates-per-rollout 1 --grpo.step-weights uniform --eval.num-prompts 1 --eval.num-steps 2 --iterations 1
+--grpo.updates-per-rollout 1 --grpo.step-weights uniform
+--eval.num-prompts 1 --eval.num-steps 2 --iterations 1
 --model path/to/checkpoint""".split()
 # The gold reward of the demo reads pictures of the embedded world's size only.
 DEMO = [*TINY, "--rollout.height", "64", "--rollout.width", "64", "--rollout.window-size", "1"]
