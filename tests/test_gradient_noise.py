@@ -49,6 +49,7 @@ def test_it_measures_a_run_s_configuration(algorithm, tmp_path, monkeypatch, cap
         nft__timesteps=1,
         rollout__window_size=1,
         grpo__step_weights="uniform",
+        grpo__best_and_worst=None,
         reward__rewards="brightness",
     )
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, "demo", "--gradients", "2", "--json", *words])

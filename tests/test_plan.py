@@ -153,7 +153,10 @@ def test_sd15_has_the_published_number_of_parameters():
         (["--devices", "3", "--device", "h100"], "rollout.microbatch is 32, which 3 devices"),
         (["--json", "a.txt"], "does not end in .json"),
         (
-            ["--grpo.algorithm", "nft", "--grpo.kl", "mse", "--device", "h100"],
+            [
+                *("--grpo.algorithm", "nft", "--grpo.kl", "mse", "--device", "h100"),
+                *("--grpo.step-weights", "uniform"),
+            ],
             "plan knows GRPO alone",
         ),
     ],
