@@ -352,14 +352,24 @@ def draw_strip(
     note_lines = [_wrap(note, small, cell_width) for note in notes]
     caption_lines = _wrap(caption, text, width)
     note_rows = max(map(len, note_lines), default=0)
-    top = _line_height(small) + 3 if heads else 1
+    starts = sorted(heads or {})
+    ends = [*(lefts[index] - _GAP for index in starts[1:]), width][: len(starts)]
+    head_lines = {
+        index: _wrap(heads[index], small, end - lefts[index])
+        for index, end in zip(starts, ends, strict=True)
+        if heads
+    }
+    head_rows = max(map(len, head_lines.values()), default=0)
+    top = head_rows * _line_height(small) + 3 if heads else 1
     below = top + cell_height + 4
     caption_top = below + note_rows * _line_height(small)
     height = caption_top + len(caption_lines) * _line_height(text)
     strip = Image.new("RGB", (width, height), _WHITE)
     draw = ImageDraw.Draw(strip)
-    for index, head in (heads or {}).items():
-        draw.text((lefts[index] - 1, 0), head, fill=_GRAY, font=small)
+    for index, lines in head_lines.items():
+        for row, line in enumerate(lines):
+            place = (lefts[index] - 1, row * _line_height(small))
+            draw.text(place, line, fill=_GRAY, font=small)
     for left, cell in zip(lefts, cells, strict=True):
         frame = (left - 1, top - 1, left + cell_width, top + cell_height)
         draw.rectangle(frame, outline=_FRAME)  # around, not over: a white picture needs an edge

@@ -77,3 +77,16 @@ def test_pictures_of_a_row_keep_their_pixels():
     corners = np.argwhere((page == picture[0, 0, 0]).all(axis=-1))
     found = [(y, x) for y, x in corners if (page[y : y + 128, x : x + 130] == picture[0]).all()]
     assert len(found) == 2 and found[0][0] == found[1][0]
+
+
+def test_a_long_name_stays_above_its_own_column():
+    models = [flat(10), flat(60)]
+    pages = [
+        np.asarray(comparison_grid(models, [name, "b"], ["one", "two"])).astype(int)
+        for name in ("a", "runs/of/a/long/name/that/is/wider/than/the/picture@base")
+    ]
+    second = np.argwhere((pages[1] == 60).all(axis=-1))
+    top, left = second[:, 0].min(), second[:, 1].min()
+    assert top > np.argwhere((pages[0] == 60).all(axis=-1))[:, 0].min()  # of more than one line
+    between = pages[1][: top - 2, left - 4 : left - 1]
+    assert (between == 255).all()

@@ -125,7 +125,7 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
         source = _own_list(words)
     prompts = read_prompts(options.prompt, source, options.num_prompts)
     paths = [find_model(word) for word in words]
-    labels = [word if "@" in word else label(path) for word, path in zip(words, paths, strict=True)]
+    labels = [_label(word, path) for word, path in zip(words, paths, strict=True)]
 
     from diffusion_grpo.pipeline import generate
     from diffusion_grpo.pretrained import DTYPES, StableDiffusion
@@ -199,3 +199,9 @@ def _own_list(words: Sequence[str]) -> str:
             lists = yaml.safe_load(config.read_text(encoding="utf-8"))["prompts"]
             return lists["heldout"] or lists["train"]
     raise UsageError("give the prompts by --prompt TEXT ..., or by --prompts NAME|FILE")
+
+
+def _label(word: str, path: str) -> str:
+    """Return a model's short name, with what is after the @ of RUN@WHICH."""
+    run, at, which = word.rpartition("@")
+    return f"{label(run)}@{which}" if at else label(path)
