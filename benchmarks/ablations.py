@@ -4,8 +4,7 @@
     python benchmarks/ablations.py --variants demo "step ratio" nft --plot ablations.webp
     python benchmarks/ablations.py --table
 
-Results are kept in a record, `benchmarks/ablations.json` with the repository: what is in it is not
-run again, and a run that was interrupted goes on, so that the table can be made in pieces and on
+Results are kept in a record (`--record`, by default beside this file): what is in it is not run again, and a run that was interrupted goes on, so that the table can be made in pieces and on
 several machines. Runs are compared with others of the same flags alone. The record and a table
 beside it, a line a variant with means over the seeds and the range, are written after every run.
 Wall time is that of the training alone, evaluations left out.
@@ -179,7 +178,7 @@ def plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
         (line,) = axes.plot(minutes, means, marker="o", markersize=3, label=variant)
         bounds = [[100 * pick(values) for _, values in points] for pick in (min, max)]
         axes.fill_between(minutes, *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
-    axes.set_xlabel("minutes of training on one core")
+    axes.set_xlabel("minutes of training")
     axes.set_ylabel("images right, % (360 held-out prompts)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -352,12 +352,12 @@ def draw_strip(
     note_lines = [_wrap(note, small, cell_width) for note in notes]
     caption_lines = _wrap(caption, text, width)
     note_rows = max(map(len, note_lines), default=0)
-    starts = sorted(heads or {})
-    ends = [*(lefts[index] - _GAP for index in starts[1:]), width][: len(starts)]
+    heads = heads or {}
+    starts = sorted(heads)
+    ends = [*(lefts[index] - _GAP for index in starts[1:]), width]
     head_lines = {
         index: _wrap(heads[index], small, end - lefts[index])
-        for index, end in zip(starts, ends, strict=True)
-        if heads
+        for index, end in zip(starts, ends, strict=False)
     }
     head_rows = max(map(len, head_lines.values()), default=0)
     top = head_rows * _line_height(small) + 3 if heads else 1

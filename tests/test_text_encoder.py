@@ -131,7 +131,7 @@ def _drawn(pipe):
 
 
 @pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
-def test_a_run_trains_them_and_diffusers_loads_what_it_exports(name, pipelines, tmp_path):
+def test_a_run_trains_them_and_diffusers_loads_what_it_exports(name, pipelines, tmp_path, capsys):
     result = train(_run(pipelines[name], tmp_path), quiet=True)
     final = result.directory / "final"
     written = load_file(final / "lora" / FILE)
@@ -153,6 +153,7 @@ def test_a_run_trains_them_and_diffusers_loads_what_it_exports(name, pipelines, 
 
     run, output = str(result.directory), tmp_path / "merged"
     assert main(["export", run, "--format", "merged", "--output", str(output)]) == 2
+    assert "trained the text encoders too" in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
 
 
