@@ -5,10 +5,10 @@
     python benchmarks/ablations.py --table
 
 Results are kept in a record (`--record`, by default beside this file): what is in it is not run
-again, and a run that was interrupted goes on, so that the table can be made in pieces and on several
-machines. Runs are compared with others of the same flags alone. The record and a table beside it, a
-line a variant with means over the seeds and the range, are written after every run. Wall time is
-that of the training alone, evaluations left out.
+again, and a run that was interrupted goes on, so that the table can be made in pieces and on
+several machines. Runs are compared with others of the same flags alone. The record and a table
+beside it, a line a variant with means over the seeds and the range, are written after every run.
+Wall time is that of the training alone, evaluations left out.
 """
 
 from __future__ import annotations

@@ -28,14 +28,13 @@ from rich.progress import track
 from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config, load_config
 from diffusion_grpo.learner import image_advantages, penalized
-from diffusion_grpo.learning import make_learner
-from diffusion_grpo.pipeline import latent_shape, make_decoder, make_policy
-from diffusion_grpo.preparation import decode_chunks, load_model, lora_options
+from diffusion_grpo.pipeline import make_decoder
+from diffusion_grpo.preparation import decode_chunks, load_model
 from diffusion_grpo.pretrained import local_directory
 from diffusion_grpo.prompts import load_prompts, prompt_batch
 from diffusion_grpo.reward import RewardSet
 from diffusion_grpo.rollout import image_keys, initial_noise
-from diffusion_grpo.train import lay_out
+from diffusion_grpo.train import lay_out, make_policy_and_learner
 
 
 def signal_to_noise(gradients: Float[np.ndarray, "n parameters"]) -> float:
@@ -64,14 +63,8 @@ def measure(config: Config, count: int) -> tuple[Float[np.ndarray, "n parameters
     config.validate()
     rollout, seed = config.rollout, config.run.seed
     model = load_model(config, local_directory(config.model.pretrained))
-    policy = make_policy(
-        model, guidance_scale=rollout.guidance_scale, lora=lora_options(config), seed=seed
-    )
-    shape = latent_shape(model, rollout.height, rollout.width)
-    learner, decode = (
-        make_learner(config, policy, model.scheduler_config, shape),
-        make_decoder(model),
-    )
+    policy, learner, shape = make_policy_and_learner(config, model)
+    decode = make_decoder(model)
     rewards = RewardSet.load(config.training_rewards(), **config.reward_settings())
     prompts = load_prompts(config.prompts.train)
     gradients, seconds = [], []
@@ -86,6 +79,7 @@ def measure(config: Config, count: int) -> tuple[Float[np.ndarray, "n parameters
             negative_prompt=rollout.negative_prompt,
             shape=shape,
             clip_skip=config.model.clip_skip,
+            tokens=policy.reads_tokens,
         )
         rows = np.repeat(np.arange(len(batch)), rollout.images_per_prompt)
         first = np.zeros_like(group) if rollout.same_initial_noise else group

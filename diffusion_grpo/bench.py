@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
 
 from diffusion_grpo.conditioning import conditioning_shapes, encode_prompts, of_rows
 from diffusion_grpo.config import Config
@@ -116,9 +115,8 @@ class Workload:
         else:
             dtype = DTYPES[config.model.dtype]
             unet, key = model.unet.config, jax.random.key(0)
-            encoders = len(model.encoders) if self.policy.reads_tokens else 0
-            shapes = conditioning_shapes(unet, prompts + 1, random_tokens, dtype, encoders=encoders)
-            drawn = {name: _random(key, shape) for name, shape in shapes.items()}
+            shapes = conditioning_shapes(unet, prompts + 1, random_tokens, dtype)
+            drawn = {name: jax.random.normal(key, s.shape, s.dtype) for name, s in shapes.items()}
             encoded = (
                 {name: rows[:-1] for name, rows in drawn.items()},
                 {name: rows[-1:] for name, rows in drawn.items()},
@@ -297,13 +295,6 @@ class Workload:
             found["update_temporary"] = int(analysis.temp_size_in_bytes)
             found["update_arguments"] = int(analysis.argument_size_in_bytes)
         return found
-
-
-def _random(key: Array, shape: jax.ShapeDtypeStruct) -> Array:
-    """Return random numbers, or zeros of a type that is none of numbers with a fraction."""
-    if jnp.issubdtype(shape.dtype, jnp.floating):
-        return jax.random.normal(key, shape.shape, shape.dtype)
-    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def process_peak() -> int:

@@ -130,11 +130,7 @@ def text_networks(model: Architecture) -> dict[str, tuple[type[TextEncoder], Any
 
 
 def random_pipeline(
-    model: Architecture,
-    *,
-    dtype: Any,
-    unet_param_dtype: Any | None = None,
-    every_encoder: bool = False,
+    model: Architecture, *, dtype: Any, unet_param_dtype: Any | None = None
 ) -> StableDiffusion:
     """Build the networks with random weights; there is no tokenizer, so no text can be encoded.
 
@@ -142,22 +138,17 @@ def random_pipeline(
         model: which networks.
         dtype: compute dtype, and that of the parameters.
         unet_param_dtype: of the UNet's parameters, if it differs.
-        every_encoder: build a second text encoder too, for a run that trains them.
     """
     kw = {"dtype": dtype, "param_dtype": dtype}
     unet_kw = kw | {"param_dtype": dtype if unet_param_dtype is None else unet_param_dtype}
-    texts = {
-        name: random_module(kind, config, **kw)
-        for name, (kind, config) in text_networks(model).items()
-        if every_encoder or name == "text_encoder"
-    }
+    kind, text = text_networks(model)["text_encoder"]
     return StableDiffusion(
         unet=random_module(UNet2DConditionModel, model.unet, **unet_kw),
         vae=random_module(AutoencoderKL, model.vae, **kw),
+        text_encoder=random_module(kind, text, **kw),
         tokenizer=None,
         scheduler_config=SchedulerConfig.from_dict(model.scheduler),
         configs={},
-        **texts,
     )
 
 

@@ -216,7 +216,6 @@ def run(words: Sequence[str]) -> list[Path]:
             architecture,
             dtype=DTYPES[config.model.dtype],
             unet_param_dtype=jnp.float32 if full else None,
-            every_encoder=config.model.train_text_encoder,
         )
     else:
         place = find_model(options.model or config.model.pretrained)

@@ -108,7 +108,6 @@ class Loop:
             self.run_reference = None if self.reference is None else torch.compile(self.reference)
             self.decode = torch.compile(self.vae.decode)
         n, d = spec["text_states"]
-        self.all_rows = torch.arange(spec["images"], device=self.device)
         self.text = torch.randn(spec["images"], n, d, device=self.device, dtype=self.dtype)
         self.negative = torch.randn(1, n, d, device=self.device, dtype=self.dtype)
         h, w, c = spec["latent"]
@@ -185,14 +184,11 @@ class Loop:
         return (levels.float().mean(dim=(2, 3)) / 255) @ luma
 
     @torch.no_grad()
-    def reference_means(
-        self, latents: list[torch.Tensor], chosen: torch.Tensor
-    ) -> dict[int, torch.Tensor]:
+    def reference_means(self, latents: list[torch.Tensor], parts: Any) -> dict[int, torch.Tensor]:
         network = self.run if self.run_reference is None else self.run_reference
         LoRALinear.enabled = False
         means = {}
         for i in spec["active"]:
-            parts = chosen.split(spec["microbatch"])
             means[i] = torch.cat([self.mean(network, latents[i][r], i, r) for r in parts])
         LoRALinear.enabled = True
         return means
@@ -201,17 +197,23 @@ class Loop:
         groups = rewards.view(-1, spec["group_size"])
         spread = groups.std(dim=1, unbiased=False, keepdim=True) + 1e-8
         advantages = ((groups - groups.mean(dim=1, keepdim=True)) / spread).view(-1)
-        chosen, extremes = self.all_rows, spec["best_and_worst"]
+        count, extremes, chosen = len(advantages), spec["best_and_worst"], None
         if extremes is not None:
             order = advantages.view(groups.shape).argsort(dim=1)
             places = torch.cat([order[:, :extremes], order[:, -extremes:]], dim=1)
-            chosen = self.all_rows.view(groups.shape).gather(1, places).view(-1)
-        means = self.reference_means(latents, chosen) if spec["beta"] else {}
-        size, clip, count = spec["update_microbatch"], spec["clip"], len(chosen)
+            firsts = torch.arange(len(groups), device=self.device)[:, None] * groups.shape[1]
+            chosen = (firsts + places).view(-1)
+            count = len(chosen)
+
+        def parts(size: int) -> list[Any]:  # slices where all are learned from: no copy
+            cuts = [slice(start, start + size) for start in range(0, count, size)]
+            return cuts if chosen is None else [chosen[cut] for cut in cuts]
+
+        means = self.reference_means(latents, parts(spec["microbatch"])) if spec["beta"] else {}
+        size, clip = spec["update_microbatch"], spec["clip"]
         share = len(spec["active"]) / len(spec["steps"])
-        for start in range(0, count, size):
+        for start, rows in zip(range(0, count, size), parts(size), strict=True):
             part = slice(start, start + size)
-            rows = chosen[part] if extremes is not None else part
             gain = advantages[rows]
             for i in spec["steps"]:
                 mean = self.mean(self.run, latents[i][rows], i, rows)
