@@ -8,7 +8,8 @@ Results are kept in a record (`--record`, by default beside this file): what is 
 again, and a run that was interrupted goes on, so that the table can be made in pieces and on
 several machines. Runs are compared with others of the same flags alone. The record and a table
 beside it, a line a variant with means over the seeds and the range, are written after every run.
-Wall time is that of the training alone, evaluations left out.
+Wall time is that of the training alone, evaluations left out: the first iteration, which compiles,
+and the median of all for each other, so that what else a machine did meanwhile counts less.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -104,10 +106,11 @@ def read_run(directory: Path) -> dict[str, Any]:
         `{iteration, minutes}` with each evaluated reward.
     """
     found = json.loads((directory / "evaluation.json").read_text())["rewards"]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    each = statistics.median(row["time/iteration"] for row in rows)
     seconds, curve = 0.0, []
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        seconds += row["time/iteration"]
+    for row in rows:
+        seconds += each if seconds else row["time/iteration"]
         means = {
             name.removeprefix("eval/reward/").removesuffix("/mean"): value
             for name, value in row.items()
