@@ -1,8 +1,17 @@
-"""`python -m diffusion_grpo`: the command line without its console script."""
+"""The command as a process: `diffusion-grpo`, or `python -m diffusion_grpo`."""
 
 import sys
 
-from diffusion_grpo.cli import main
+from diffusion_grpo.heap import start_with_huge_pages
+
+
+def run() -> None:
+    """Run the command line, and exit with its code."""
+    start_with_huge_pages()
+    from diffusion_grpo.cli import main
+
+    sys.exit(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

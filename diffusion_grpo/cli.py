@@ -26,7 +26,6 @@ from diffusion_grpo.errors import (
     UsageError,
     suggest,
 )
-from diffusion_grpo.heap import keep_freed_memory
 
 _T = TypeVar("_T")
 
@@ -228,10 +227,8 @@ def _prepare_jax() -> None:
     """Set what JAX and Transformers read from the environment as they are imported.
 
     Compiled programs are kept in the user's cache folder, so that a second start is quick, and
-    Transformers does not tell that PyTorch is missing: nothing here wants it. The heap is set here
-    too, since libraries start threads as they are imported.
+    Transformers does not tell that PyTorch is missing: nothing here wants it.
     """
-    keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "diffusion-grpo" / "jax"))

@@ -1,51 +1,80 @@
-"""The heap keeps what is freed: the second array of a size touches no new page."""
+"""Commands run with huge pages for the heap where the system leaves it to the process."""
 
+import json
 import os
-import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-# Faults of a thread that fills an array of 100 MiB, after it did so before.
-COUNT = """
-import sys
+from diffusion_grpo.heap import environment, glibc_version, pages
+
+MADVISE = "always [madvise] never\n"
+
+
+def test_the_tunable_is_added_to_those_that_are_there() -> None:
+    assert environment({"A": "1"}, (2, 36), MADVISE) == {
+        "A": "1",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }
+    changed = environment({"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}, (2, 35), MADVISE)
+    assert changed == {"GLIBC_TUNABLES": "glibc.pthread.rseq=0:glibc.malloc.hugetlb=1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "glibc", "given"),
+    [
+        ({}, (), MADVISE),
+        ({}, (2, 31), MADVISE),
+        ({}, (2, 36), "[always] madvise never\n"),
+        ({}, (2, 36), "always madvise [never]\n"),
+        ({}, (2, 36), ""),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, (2, 36), MADVISE),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, (2, 36), MADVISE),
+    ],
+)
+def test_nothing_is_changed_where_it_would_not_help_or_is_chosen(
+    variables: dict[str, str], glibc: tuple[int, ...], given: str
+) -> None:
+    assert environment(variables, glibc, given) is None
+
+
+# A command line that says how its process was started, and how often it faulted when it filled
+# 100 MiB anew.
+COMMAND = """
+import json, os, resource, sys
+import numpy as np
 from diffusion_grpo import cli
-if sys.argv[1] == "kept":
-    cli._prepare_jax()
-import resource, threading
-import jax, numpy as np
 
-def fill():
+def main(argv=None):
     np.empty(100 * 2**20, np.uint8).fill(1)
-
-def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    thread = threading.Thread(target=fill)
-    thread.start()
-    thread.join()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    np.empty(100 * 2**20, np.uint8).fill(1)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    print(json.dumps({"pid": os.getpid(), "faults": faults, "tunables": tunables}))
+    return int(sys.argv[1])
 
-np.ones(4)
-faults()
-print(faults())
+cli.main = main
+from diffusion_grpo.__main__ import run
+run()
 """
 
 
-def faults(how: str, **variables: str) -> int:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    found = subprocess.run(
-        [sys.executable, "-c", COUNT, how],
-        env=environment | variables,
-        capture_output=True,
-        text=True,
-        check=True,
+def test_a_command_starts_once_more_in_its_own_process(tmp_path: Path) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    process = subprocess.Popen(
+        [sys.executable, str(script), "7"], env=variables, stdout=subprocess.PIPE, text=True
     )
-    return int(found.stdout)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's heap")
-def test_a_command_touches_no_new_page_for_memory_that_it_freed() -> None:
-    assert faults("kept") < 100
-    assert faults("plain") > 20  # pages may be of 2 MiB
-    assert faults("kept", MALLOC_MMAP_THRESHOLD_="1000000") > 20  # the user's own choice stands
+    out, _ = process.communicate(timeout=60)
+    found = json.loads(out)  # one line: what is before the start is not done twice
+    assert process.returncode == 7  # with the same arguments
+    assert found["pid"] == process.pid
+    if environment(variables, glibc_version(), pages()) is None:
+        assert found["tunables"] == ""
+    else:
+        assert found["tunables"] == "glibc.malloc.hugetlb=1"
+        assert found["faults"] < 1000  # 25 600 pages of 4 KiB
