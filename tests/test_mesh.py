@@ -78,6 +78,12 @@ def test_an_adapter_trains_alike_on_1_and_8_devices(trained):
     assert_same_metrics(trained(1), trained(8))
 
 
+@pytest.mark.slow
+def test_diffusion_nft_trains_alike_on_1_and_8_devices(trained):
+    nft = ("grpo__algorithm=nft", "grpo__kl=mse", "nft__timesteps=2")
+    assert_same_metrics(trained(1, *nft), trained(8, *nft))
+
+
 def test_a_run_of_8_devices_goes_on_alike_on_one(trained, checkpoint):
     # 2 x 4 devices divide the frozen network; the checkpoint of the first iteration goes on on one.
     from shutil import rmtree
