@@ -8,8 +8,8 @@ Results are kept in a record (`--record`, by default beside this file): what is 
 again, and a run that was interrupted goes on, so that the table can be made in pieces and on
 several machines. Runs are compared with others of the same flags alone. The record and a table
 beside it, a line a variant with means over the seeds and the range, are written after every run.
-Wall time is that of the training alone, evaluations left out: the first iteration, which compiles,
-and the median of all for each other, so that what else a machine did meanwhile counts less.
+Minutes are the iterations times the median one, so without evaluations, without compilation, and
+little disturbed by what else a machine did meanwhile.
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no window, K = T/4": (*WHOLE, "--grpo.gradient-steps", "3"),
     "step ratio": ("--grpo.ratio", "step"),
     "two updates a rollout": ("--grpo.updates-per-rollout", "2"),
+    **{
+        f"four updates a rollout, clip range {clip}": (
+            *("--grpo.updates-per-rollout", "4"),
+            *("--grpo.clip-low", clip, "--grpo.clip-high", clip),
+        )
+        for clip in ("0.5", "1.6e-3", "5.3e-4", "2.9e-4", "1e-4")
+    },
     "4 prompts of 32, 8 best and worst": (
         *("--rollout.prompts-per-iteration", "4"),
         *("--rollout.images-per-prompt", "32", "--grpo.best-and-worst", "8"),
@@ -102,23 +109,23 @@ def read_run(directory: Path) -> dict[str, Any]:
     """Return a finished run's results and its curve.
 
     Returns:
-        `rewards` of `evaluation.json`, `minutes` of training, and `curve`: a list of
+        `rewards` of `evaluation.json`, `minutes` of training as above, and `curve`: a list of
         `{iteration, minutes}` with each evaluated reward.
     """
     found = json.loads((directory / "evaluation.json").read_text())["rewards"]
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    each = statistics.median(row["time/iteration"] for row in rows)
-    seconds, curve = 0.0, []
+    minute = statistics.median(row["time/iteration"] for row in rows) / 60
+    curve = []
     for row in rows:
-        seconds += each if seconds else row["time/iteration"]
         means = {
             name.removeprefix("eval/reward/").removesuffix("/mean"): value
             for name, value in row.items()
             if name.startswith("eval/reward/") and name.endswith("/mean") and name.count("/") == 3
         }
         if means:
-            curve.append({"iteration": row["iteration"] + 1, "minutes": seconds / 60} | means)
-    return {"rewards": found, "minutes": seconds / 60, "curve": curve}
+            done = row["iteration"] + 1
+            curve.append({"iteration": done, "minutes": done * minute} | means)
+    return {"rewards": found, "minutes": len(rows) * minute, "curve": curve}
 
 
 def load_record(file: Path, flags: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -46,13 +46,16 @@ def test_the_table_has_means_and_ranges_of_the_seeds(tmp_path):
                 "eval/reward/mean": 0.6,
                 "eval/reward/shapes/mean": 0.5,
             },
+            {"iteration": 2, "time/iteration": 30.0},
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = [ablations.read_run(tmp_path / str(seed)) for seed in (0, 1)]
-    assert runs[0]["curve"] == [{"iteration": 2, "minutes": 2.0, "shapes": 0.5}]
+    assert runs[0]["curve"] == [
+        {"iteration": 2, "minutes": 1.0, "shapes": 0.5}
+    ]  # the median is 30 s
     table = ablations.to_table({"demo": runs, "nft": runs[:1]})
     assert "| demo | 2 | 48.0 (48.0 to 48.0) | 65.0 (60.0 to 70.0) | 0.6100 (" in table
-    assert "| nft | 1 | 48.0 | 60.0 | 0.6100 | 2.0 |" in table
+    assert "| nft | 1 | 48.0 | 60.0 | 0.6100 | 1.5 |" in table
 
 
 def test_a_record_grows_and_is_of_one_kind_of_run(tmp_path):
