@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion_grpo.bench import Workload, cores
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.lanes import cores
 from diffusion_grpo.learning import GRPOLearner
+from diffusion_grpo.workload import Workload
 
 COMPARED = ("sample", "update", "iteration")  # phases that both time
 

@@ -206,6 +206,7 @@ def run(words: Sequence[str]) -> list[Path]:
     from diffusion_grpo.peer import compare
     from diffusion_grpo.preparation import load_model
     from diffusion_grpo.pretrained import DTYPES, local_directory
+    from diffusion_grpo.workload import PHASES, Workload
 
     random_tokens = None
     if random:
@@ -220,7 +221,7 @@ def run(words: Sequence[str]) -> list[Path]:
     else:
         place = find_model(options.model or config.model.pretrained)
         model = load_model(config, local_directory(place))
-    work = bench.Workload(config, model, random_tokens=random_tokens)
+    work = Workload(config, model, random_tokens=random_tokens)
 
     def save(record: dict[str, Any]) -> None:
         if options.json is not None:
@@ -229,7 +230,7 @@ def run(words: Sequence[str]) -> list[Path]:
             talk.detail(f"measured {', '.join(record['seconds'])}")
 
     record = bench.measure(
-        work, repeats=options.repeats, phases=options.phases or bench.PHASES, on_result=save
+        work, repeats=options.repeats, phases=options.phases or PHASES, on_result=save
     )
     if peer_file is not None:
         compare(
