@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
             *("--grpo.updates-per-rollout", "4"),
             *("--grpo.clip-low", clip, "--grpo.clip-high", clip),
         )
-        for clip in ("0.5", "1.6e-3", "5.3e-4", "2.9e-4", "1e-4")
+        for clip in ("0.5", "1.6e-3", "5.3e-4", "2.9e-4", "1e-4", "3e-5", "1e-5")
     },
     "4 prompts of 32, 8 best and worst": (
         *("--rollout.prompts-per-iteration", "4"),

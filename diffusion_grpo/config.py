@@ -146,8 +146,6 @@ def demo() -> Config:
         ),
         grpo=GRPOOptions(
             best_and_worst=4,
-            clip_low=2.9e-4,
-            clip_high=2.9e-4,
             step_weights="gain",
             updates_per_rollout=1,
             microbatch=32,
