@@ -77,4 +77,4 @@ def test_a_command_starts_once_more_in_its_own_process(tmp_path: Path) -> None:
         assert found["tunables"] == ""
     else:
         assert found["tunables"] == "glibc.malloc.hugetlb=1"
-        assert found["faults"] < 1000  # 25 600 pages of 4 KiB
+        assert found["faults"] < 12800  # half of the pages of 4 KiB, however full the memory is
