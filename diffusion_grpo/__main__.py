@@ -4,10 +4,17 @@ import sys
 
 from diffusion_grpo.heap import start_with_huge_pages
 
+# Those that run networks; to start once more would only delay the others.
+COMPUTING = (
+    *("train", "sample", "compare", "evaluate", "bench"),
+    *("score", "check-reward", "serve-reward"),
+)
+
 
 def run() -> None:
     """Run the command line, and exit with its code."""
-    start_with_huge_pages()
+    if sys.argv[1:2] and sys.argv[1] in COMPUTING:
+        start_with_huge_pages()
     from diffusion_grpo.cli import main
 
     sys.exit(main())
