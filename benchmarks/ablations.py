@@ -33,6 +33,12 @@ FLAGS = (
     *("--run.report", "False", "--run.tensorboard", "off", "--run.sample-every", "0"),
 )
 
+# DiffusionNFT, which learns from the noisiest timesteps.
+NFT = (
+    *("--grpo.algorithm", "nft", "--grpo.kl", "mse", "--grpo.step-weights", "uniform"),
+    *("--rollout.window-start", "0", "--rollout.window-size", "3"),
+)
+
 # Variant → flags after `train PRESET`. A rollout of another size keeps the images an iteration.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "demo": (),
@@ -67,18 +73,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no average": ("--optim.ema-decay", "None"),
     "LoRA": ("--model.trainable", "lora", "--optim.learning-rate", "1e-3"),
     "guidance 3": ("--rollout.guidance-scale", "3"),
-    "nft": (
-        *("--grpo.algorithm", "nft", "--grpo.kl", "mse", "--grpo.step-weights", "uniform"),
-        *("--rollout.window-start", "0", "--rollout.window-size", "3"),
-    ),
+    "nft": NFT,
     "demo-gold": (),
+    "demo-gold nft": NFT,
     "demo-mix": (),
+    "demo-mix nft": NFT,
 }
 
 
 def preset_of(variant: str) -> str:
     """Return the preset that a variant changes."""
-    return variant if variant.startswith("demo-") else "demo"
+    return variant.split()[0] if variant.startswith("demo-") else "demo"
 
 
 def flags_of(variant: str) -> list[str]:

@@ -192,7 +192,7 @@ class Evaluator:
         """Draw the images, chunk by chunk of one size; yields those of this process."""
 
         def draw(rows: np.ndarray) -> Any:
-            return self._draw(
+            final = self._draw(
                 trained,
                 self._policy.frozen,
                 self._schedule,
@@ -200,9 +200,10 @@ class Evaluator:
                 by_rows(self._keys[rows]),
                 by_rows_of(self._conditioning, rows),
             )
+            return self._decode(final)
 
-        for final in self._lanes.run([partial(draw, rows) for rows in chunks]):
-            yield np.asarray(own_rows(self._decode(final)))
+        for images in self._lanes.run([partial(draw, rows) for rows in chunks]):
+            yield np.asarray(own_rows(images))
 
     def _measure_kl(self, trained: Any, chunks: Sequence[np.ndarray]) -> float | None:
         if self._kl is None:

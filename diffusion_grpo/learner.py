@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from diffusion_grpo.grpo import adapted_beta
 from diffusion_grpo.mesh import by_rows, placement
 from diffusion_grpo.optim import TrainState, make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy
+from diffusion_grpo.preparation import Output
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, make_schedule
 from diffusion_grpo.steps import StepPlan, noise_window
 
@@ -192,7 +193,7 @@ class Learner:
         keys: Any,
         conditioning: Any,
         *,
-        on_chunk: Callable[[jax.Array], None] | None = None,
+        output: Output | None = None,
     ) -> Rollout:
         """Draw an iteration's images.
 
@@ -202,7 +203,7 @@ class Learner:
             noise: x_T, `[B, h, w, c]`.
             keys: `[B]`, of the steps' noise.
             conditioning: of the prompts, leaves `[B, ...]`, and of the negative one, `[1, ...]`.
-            on_chunk: called with the clean latents of each microbatch as they are drawn.
+            output: is given the clean latents of each microbatch as they are drawn.
         """
         raise NotImplementedError
 

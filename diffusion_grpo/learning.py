@@ -7,7 +7,6 @@ evaluation and everything else are the same for both, and are `train.py`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps,
 from diffusion_grpo.optim import make_update, moved_average
 from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.preparation import (
+    Output,
     chunks,
     make_final_rollout,
     make_policy_steps,
@@ -123,7 +123,7 @@ class GRPOLearner(Learner):
         keys: Any,
         conditioning: Any,
         *,
-        on_chunk: Callable[[jax.Array], None] | None = None,
+        output: Output | None = None,
     ) -> Rollout:
         """Draw trajectories of the policy as it is, with their log-probs."""
         schedule = self.schedule(iteration)
@@ -134,7 +134,7 @@ class GRPOLearner(Learner):
             noise,
             keys,
             conditioning,
-            on_chunk=on_chunk,
+            output=output,
         )
         batch = UpdateBatch(trajectory, conditioning, by_rows(jnp.zeros(len(noise), jnp.float32)))
         rollout = Rollout(trajectory.final, schedule, batch, self.plan(schedule, iteration))
@@ -284,12 +284,12 @@ class NFTLearner(Learner):
         keys: Any,
         conditioning: Any,
         *,
-        on_chunk: Callable[[jax.Array], None] | None = None,
+        output: Output | None = None,
     ) -> Rollout:
         """Draw clean latents of the old policy."""
         schedule = self.schedule(iteration)
         arguments = state.old, self.policy.frozen, schedule, noise, keys, conditioning
-        final = self._draw(*arguments, on_chunk=on_chunk)
+        final = self._draw(*arguments, output=output)
         zeros = by_rows(jnp.zeros(len(noise), jnp.float32))
         return Rollout(final, schedule, NFTBatch(final, conditioning, zeros, None, None))
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError, suggest
-from diffusion_grpo.models.layers import rows_dot
+from diffusion_grpo.models.convolutions import rows_dot
 
 DEFAULT = "default"  # the name of an adapter that is given none
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -189,13 +189,37 @@ def lora_options(config: Config) -> dict[str, LoRAOptions] | None:
     }
 
 
+class Output(NamedTuple):
+    """What becomes of clean latents, microbatch by microbatch, while others are drawn.
+
+    Attributes:
+        decode: latents → images; called in the lane that drew them.
+        take: called with the images in their order, in the caller's thread.
+    """
+
+    decode: Callable[[jax.Array], Any]
+    take: Callable[[Any], None]
+
+
+def _take(
+    lanes: Lanes, of: Callable[[slice], tuple[Any, Any]], each: list[slice], output: Output | None
+) -> list[Any]:
+    """Draw the microbatches, each with its images; returns what was drawn."""
+    parts = []
+    for drawn, images in lanes.run([partial(of, rows) for rows in each]):
+        parts.append(drawn)
+        if output is not None:
+            output.take(images)
+    return parts
+
+
 def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Trajectory]:
     """Compile the sampler of one microbatch, and run it over all images of an iteration.
 
     Returns:
-        (trained, frozen, schedule, initial noise, keys, conditioning, on_chunk=…) → the
-        trajectories; `on_chunk` is called with each microbatch's clean latents as soon as they are
-        on their way, before the next microbatch is begun.
+        (trained, frozen, schedule, initial noise, keys, conditioning, output=…) → the
+        trajectories; `output` is given each microbatch's clean latents as soon as they are on their
+        way (see `Output`).
     """
     reduction = config.grpo.log_prob_reduction
     storage = DTYPES[config.rollout.storage_dtype]
@@ -226,18 +250,14 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
         keys: Any,
         conditioning: Any,
         *,
-        on_chunk: Callable[[jax.Array], None] | None = None,
+        output: Output | None = None,
     ) -> Trajectory:
-        def of(rows: slice) -> Trajectory:
+        def of(rows: slice) -> tuple[Trajectory, Any]:
             part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
-            return chunk(trained, frozen, schedule, *part)
+            drawn = chunk(trained, frozen, schedule, *part)
+            return drawn, None if output is None else output.decode(drawn.final)
 
-        parts = []
-        each = chunks(len(noise), config.rollout.microbatch)
-        for part in lanes.run([partial(of, rows) for rows in each]):
-            parts.append(part)
-            if on_chunk is not None:
-                on_chunk(parts[-1].final)
+        parts = _take(lanes, of, chunks(len(noise), config.rollout.microbatch), output)
         return Trajectory(
             join_rows([p.latents for p in parts], 1),
             parts[0].timesteps,
@@ -259,19 +279,14 @@ def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[...,
         keys: Any,
         conditioning: Any,
         *,
-        on_chunk: Callable[[jax.Array], None] | None = None,
+        output: Output | None = None,
     ) -> jax.Array:
-        def of(rows: slice) -> jax.Array:
+        def of(rows: slice) -> tuple[jax.Array, Any]:
             part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
-            return draw(trained, frozen, schedule, *part)
+            drawn = draw(trained, frozen, schedule, *part)
+            return drawn, None if output is None else output.decode(drawn)
 
-        parts = []
-        each = chunks(len(noise), config.rollout.microbatch)
-        for part in lanes.run([partial(of, rows) for rows in each]):
-            parts.append(part)
-            if on_chunk is not None:
-                on_chunk(parts[-1])
-        return join_rows(parts)
+        return join_rows(_take(lanes, of, chunks(len(noise), config.rollout.microbatch), output))
 
     return final
 
@@ -321,12 +336,14 @@ def _part(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
     return jax.tree.map(lambda x: take_rows(x, rows), conditioning[0]), conditioning[1]
 
 
-def decode_and_score(
-    decode: Any, images: list[Any], scoring: Scoring | DividedScoring, latents: jax.Array
-) -> None:
-    """Decode what was just drawn, keep the images, and hand them to the rewards."""
-    images.append(decode(latents))
-    scoring.add(own_rows(images[-1]))
+def decoded_and_scored(decode: Any, images: list[Any], scoring: Scoring | DividedScoring) -> Output:
+    """Have what is drawn decoded, added to `images`, and handed to the rewards."""
+
+    def take(chunk: Any) -> None:
+        images.append(chunk)
+        scoring.add(own_rows(chunk))
+
+    return Output(decode, take)
 
 
 def decode_chunks(decode: Any, latents: jax.Array, size: int) -> jax.Array:

@@ -12,7 +12,6 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ from diffusion_grpo.preparation import (
     check_alike,
     check_directory,
     check_prompts,
-    decode_and_score,
+    decoded_and_scored,
     load_model,
     lora_options,
     open_directory,
@@ -217,7 +216,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                     noise,
                     step_keys,
                     conditioning,
-                    on_chunk=partial(decode_and_score, decode, chunks, scoring),
+                    output=decoded_and_scored(decode, chunks, scoring),
                 )
                 images = join_rows(chunks)
                 images.block_until_ready()

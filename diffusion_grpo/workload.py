@@ -9,7 +9,6 @@ import platform
 import resource
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,8 +30,9 @@ from diffusion_grpo.pipeline import (
     make_policy,
 )
 from diffusion_grpo.preparation import (
-    decode_and_score,
+    Output,
     decode_chunks,
+    decoded_and_scored,
     lora_options,
     make_final_rollout,
 )
@@ -121,10 +121,10 @@ class Workload:
             tokens=self.policy.reads_tokens,
         )
 
-    def sample(self, on_chunk: Callable[[jax.Array], None] | None = None) -> Any:
+    def sample(self, output: Output | None = None) -> Any:
         """Draw the images' latents, as the algorithm needs them: GRPO with log-probs."""
         self._rollout = self.learner.sample(
-            self.state, 0, self.noise, self.keys, self.conditioning, on_chunk=on_chunk
+            self.state, 0, self.noise, self.keys, self.conditioning, output=output
         )
         return self._rollout.final
 
@@ -164,7 +164,7 @@ class Workload:
         size = self.config.rollout.images_per_prompt
         with self.rewards.start(texts, metadata, group_size=size) as scoring:
             chunks: list[jax.Array] = []
-            self.sample(on_chunk=partial(decode_and_score, self.decoder, chunks, scoring))
+            self.sample(output=decoded_and_scored(self.decoder, chunks, scoring))
             jnp.concatenate(chunks).block_until_ready()
             sampled = time.perf_counter()
             result = scoring.result()

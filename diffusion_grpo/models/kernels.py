@@ -1,4 +1,4 @@
-"""Which implementation of attention a device is given, and the one of ours."""
+"""Which device is traced for, the attention that it is given, and the one of ours."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def planned_for(backend: str) -> Iterator[None]:
         yield
     finally:
         _PLANNED.reset(token)
+
+
+def backend() -> str:
+    """Return JAX's name of the device that is traced for: cpu, gpu, tpu."""
+    return _PLANNED.get() or jax.default_backend()
 
 
 def attention_implementation(
@@ -81,9 +86,8 @@ def attend(
     value: Float[Array, "B m heads d"],
 ) -> Float[Array, "B n heads d"]:
     """Return softmax(q kᵀ / √d) v, scores and softmax in float32, in the dtype of the values."""
-    planned = _PLANNED.get()
     implementation = attention_implementation(
-        planned or jax.default_backend(),
+        backend(),
         query.dtype,
         queries=query.shape[1],
         keys=key.shape[1],
@@ -91,7 +95,7 @@ def attend(
     )
     if implementation == "heads_first":
         return _heads_first(query, key, value)
-    if implementation == "cudnn" and planned:
+    if implementation == "cudnn" and _PLANNED.get():
         return _stand_in(query, key, value)
     # Inside, JAX promotes bfloat16 to float32 implicitly, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):

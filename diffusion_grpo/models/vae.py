@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
             ]
         )
         self.conv_norm_out = group_norm(config.norm_num_groups, channels[-1], EPS, **kw)
-        self.conv_out = conv(channels[-1], config.out_channels, 3, **kw)
+        self.conv_out = conv(channels[-1], config.out_channels, 3, few_outputs=True, **kw)
         self.act = activation(config.act_fn, "act_fn")
 
     def __call__(self, x: Array) -> Array:
