@@ -79,11 +79,28 @@ class Cost:
         """All bytes read and written."""
         return sum(op.bytes * op.times for op in self.operations)
 
-    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Time by the roofline: each operation takes what its scarcer resource needs."""
+    def seconds(
+        self,
+        flops_per_second: float,
+        bytes_per_second: float,
+        *,
+        cache: float = 0.0,
+        cache_speedup: float = 1.0,
+    ) -> float:
+        """Time by the roofline: each operation takes what its scarcer resource needs.
+
+        Args:
+            flops_per_second: of products and convolutions.
+            bytes_per_second: to and from memory.
+            cache: an operation that moves less than these bytes finds them in the cache.
+            cache_speedup: how many times faster they are moved then.
+        """
+
+        def moving(op: Operation) -> float:
+            return op.bytes / (bytes_per_second * (cache_speedup if op.bytes < cache else 1.0))
+
         return sum(
-            op.times * max(op.flops / flops_per_second, op.bytes / bytes_per_second)
-            for op in self.operations
+            op.times * max(op.flops / flops_per_second, moving(op)) for op in self.operations
         )
 
 

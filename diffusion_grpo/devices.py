@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from diffusion_grpo.costs import Cost
 from diffusion_grpo.errors import UsageError, suggest
 
 GIB = 2**30
@@ -23,6 +24,9 @@ class Device:
         efficiency: the share of the products' rate that convolutions and products reach.
         bandwidth_efficiency: the share of the bandwidth.
         slack: memory really taken, over what has to be alive: copies and fragments.
+        cache: bytes that an operation may move and find in the cache, on a CPU.
+        cache_speedup: how many times faster than the memory it is.
+        backward: time of a gradient over what its operations would take by the above.
     """
 
     backend: str
@@ -34,6 +38,18 @@ class Device:
     efficiency: float = 0.5
     bandwidth_efficiency: float = 0.7
     slack: float = 1.15
+    cache: float = 0.0
+    cache_speedup: float = 1.0
+    backward: float = 1.0
+
+    def seconds(self, cost: Cost, rate: float) -> float:
+        """Return the time of a program by the roofline, at a rate of `flops` or the other."""
+        return cost.seconds(
+            rate * self.efficiency,
+            self.bandwidth * self.bandwidth_efficiency,
+            cache=self.cache,
+            cache_speedup=self.cache_speedup,
+        )
 
 
 # Makers' data sheets: dense rates, memory as sold (GB), NVLink or PCIe of one direction, ICI.
@@ -86,11 +102,18 @@ def _this_machine() -> Device:
         np.copyto(target, source)
         best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
     # XLA's CPU backend computes bfloat16 in float32.
-    return Device("cpu", rate, rate, best, _memory_here(), best, *CPU_SHARES)
+    return Device("cpu", rate, rate, best, _memory_here(), best, **CPU_SHARES)
 
 
-# Measured with the embedded model on two cores; see `slack` above.
-CPU_SHARES = (0.45, 0.35, 1.2)
+# Fitted to the embedded model at three sizes of picture on two cores (docs/performance.md).
+CPU_SHARES: dict[str, float] = {
+    "efficiency": 0.5,
+    "bandwidth_efficiency": 0.7,
+    "slack": 1.2,
+    "cache": 16e6,
+    "cache_speedup": 7.0,
+    "backward": 1.9,
+}
 
 
 def _memory_here() -> float:

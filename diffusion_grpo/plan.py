@@ -255,13 +255,12 @@ class _Planner:
         extra *= chosen / images
         parts = images // drawn
         rate = device.flops if config.model.dtype == "bfloat16" else device.flops_float32
-        resources = (rate * device.efficiency, device.bandwidth * device.bandwidth_efficiency)
-        sampled = parts * sample.seconds(*resources)
+        sampled = parts * device.seconds(sample, rate)
         communicated = round(2 * (count - 1) / count * trained) * updates
         seconds = {
             "sample": sampled,
-            "decode": parts * decoded.seconds(*resources),
-            "update": calls * update.seconds(*resources) + extra * sampled,
+            "decode": parts * device.seconds(decoded, rate),
+            "update": calls * device.backward * device.seconds(update, rate) + extra * sampled,
             "communicate": communicated / device.link,
         }
         flops = {

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config
 from diffusion_grpo.costs import program_cost
-from diffusion_grpo.devices import DEVICES
+from diffusion_grpo.devices import DEVICES, Device
 from diffusion_grpo.models.kernels import attend, planned_for
 from diffusion_grpo.plan import find_architecture, make_plan
 from diffusion_grpo.published import ARCHITECTURES
@@ -49,6 +49,29 @@ def test_a_loop_costs_its_body_as_often_as_it_runs():
     # a product reads two matrices and writes one; at 1 byte/s that is the time of each
     np.testing.assert_allclose(cost.seconds(1e30, 1.0), 7 * 3 * KIB)
     np.testing.assert_allclose(cost.seconds(1.0, 1e30), cost.flops)
+
+
+def test_what_fits_into_a_cpus_cache_is_moved_faster():
+    small, large = (jax.ShapeDtypeStruct((n, n), jnp.float32) for n in (16, 32))
+
+    def products(small, large):
+        return small @ small, large @ large
+
+    cost = program_cost(products, small, large)
+    # Operands and result: 2 of 1 KiB (an operand is read once), and 2 of 4 KiB.
+    moved = [2 * KIB, 8 * KIB]
+    np.testing.assert_allclose(cost.seconds(1e30, 1.0), sum(moved))
+    cached = cost.seconds(1e30, 1.0, cache=4 * KIB, cache_speedup=8.0)
+    np.testing.assert_allclose(cached, moved[0] / 8 + moved[1])
+
+
+def test_a_devices_shares_are_of_its_rates():
+    cost = program_cost(lambda a: a @ a, jax.ShapeDtypeStruct((16, 16), jnp.float32))
+    shares = {"efficiency": 0.5, "bandwidth_efficiency": 0.25, "cache": 4 * KIB}
+    device = Device("cpu", 1.0, 1.0, 1.0, 1.0, 1.0, **shares, cache_speedup=2.0)
+    by_products, by_memory = 2 * 16**3 / 0.5, 2 * KIB / 0.25 / 2
+    assert device.seconds(cost, 1.0) == max(by_products, by_memory) == by_products
+    assert device.seconds(cost, 1e9) == by_memory
 
 
 def test_fused_attention_never_holds_the_scores():

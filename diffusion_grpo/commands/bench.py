@@ -169,7 +169,7 @@ def bench_config(options: BenchOptions, *, random: bool) -> Any:
     if options.images_per_prompt is not None:
         changes.setdefault("grpo", {})["best_and_worst"] = None
     if options.window == 0:
-        changes.setdefault("rollout", {})["window_size"] = None
+        changes.setdefault("rollout", {}).update(window_size=None, window_start=0)
     if options.lora_rank is not None:
         changes.setdefault("model", {})["lora_alpha"] = float(options.lora_rank)
     reward = options.reward or ("brightness" if random or options.against else None)
