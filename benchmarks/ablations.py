@@ -39,6 +39,12 @@ NFT = (
     *("--rollout.window-start", "0", "--rollout.window-size", "3"),
 )
 
+# As many images, all of them learned from.
+ALL = (
+    *("--rollout.prompts-per-iteration", "16", "--rollout.images-per-prompt", "8"),
+    *("--grpo.best-and-worst", "None"),
+)
+
 # Variant → flags after `train PRESET`. A rollout of another size keeps the images an iteration.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "demo": (),
@@ -74,10 +80,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "LoRA": ("--model.trainable", "lora", "--optim.learning-rate", "1e-3"),
     "guidance 3": ("--rollout.guidance-scale", "3"),
     "nft": NFT,
+    "nft, all of 16 prompts of 8": (*NFT, *ALL),
     "demo-gold": (),
-    "demo-gold nft": NFT,
+    "demo-gold nft": (*NFT, *ALL),
     "demo-mix": (),
-    "demo-mix nft": NFT,
+    "demo-mix nft": (*NFT, *ALL),
 }
 
 
