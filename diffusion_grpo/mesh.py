@@ -152,6 +152,15 @@ def on_devices(tree: Any) -> Any:
     return jax.tree.map(of_all_processes, tree)
 
 
+def resident() -> AbstractContextManager[Any]:
+    """Refuse, inside, to bring to the devices what a compiled program is given from the host.
+
+    The programs that an iteration repeats are called so: latents, images or weights that came from
+    the host would be sent again at each call, and nobody would notice but by the time it takes.
+    """
+    return jax.transfer_guard_host_to_device("disallow")
+
+
 def to_host(x: Any, *, keep: bool = True) -> Any:
     """Return the whole of a tree's arrays as NumPy, one at a time on the devices.
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from diffusion_grpo.accumulation import divide, sum_in_lanes
 from diffusion_grpo.lanes import Lanes
-from diffusion_grpo.mesh import Place, replicated, take_rows
+from diffusion_grpo.mesh import Place, replicated, resident, take_rows
 from diffusion_grpo.rollout import initial_noise
 from diffusion_grpo.schedule import PredictionType, add_noise, epsilon_x0
 from diffusion_grpo.update import Policy
@@ -232,9 +232,11 @@ def make_nft_gradient(loss: CompiledNFT) -> Callable[..., tuple[Any, dict[str, A
             history: list[dict[str, Array]] = []
             mb = batch.take(slice(start, start + config.microbatch))
             for j in range(number):
-                total, metrics = loss.accumulate(
-                    total, params, old, reference, frozen, mb, beta, jnp.int32(j), share
-                )
+                step = jnp.int32(j)
+                with resident():
+                    total, metrics = loss.accumulate(
+                        total, params, old, reference, frozen, mb, beta, step, share
+                    )
                 history.append(metrics)
             return total, history
 

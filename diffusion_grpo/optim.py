@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from diffusion_grpo.mesh import Place, replicated
+from diffusion_grpo.mesh import Place, replicated, resident
 from diffusion_grpo.sections import OptimConfig
 
 
@@ -157,7 +157,8 @@ def make_update(
         state: TrainState, *arguments: Any, **options: Any
     ) -> tuple[TrainState, dict[str, Array]]:
         gradient, metrics = gradient_of(state.params, *arguments, **options)
-        state, applied = apply(state, gradient, metrics["loss"])
+        with resident():
+            state, applied = apply(state, gradient, metrics["loss"])
         return state, metrics | applied
 
     return update

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from diffusion_grpo.conditioning import Conditioning, encode_prompts, of_rows
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
-from diffusion_grpo.mesh import by_rows, gathered, shards
+from diffusion_grpo.mesh import by_rows, gathered, resident, shards
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
 from diffusion_grpo.samplers import Solver, make_solver, solve
@@ -153,7 +153,11 @@ def make_decoder(model: StableDiffusion) -> Callable[[Float[Array, "B h w c"]], 
         levels = jnp.round((images.astype(jnp.float32) / 2 + 0.5).clip(0, 1) * 255)
         return by_rows(levels.astype(jnp.uint8))
 
-    return lambda latents: decode(weights, latents)
+    def resident_decode(latents: Array) -> Array:
+        with resident():
+            return decode(weights, latents)
+
+    return resident_decode
 
 
 def latent_shape(

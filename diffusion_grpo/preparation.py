@@ -19,7 +19,7 @@ from diffusion_grpo.divided_scoring import DividedScoring
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
 from diffusion_grpo.lanes import Lanes
-from diffusion_grpo.mesh import by_rows, join_rows, own_rows, take_rows
+from diffusion_grpo.mesh import by_rows, join_rows, own_rows, resident, take_rows
 from diffusion_grpo.pipeline import LoRAOptions, TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt
@@ -254,7 +254,8 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
     ) -> Trajectory:
         def of(rows: slice) -> tuple[Trajectory, Any]:
             part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
-            drawn = chunk(trained, frozen, schedule, *part)
+            with resident():
+                drawn = chunk(trained, frozen, schedule, *part)
             return drawn, None if output is None else output.decode(drawn.final)
 
         parts = _take(lanes, of, chunks(len(noise), config.rollout.microbatch), output)
@@ -283,7 +284,8 @@ def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[...,
     ) -> jax.Array:
         def of(rows: slice) -> tuple[jax.Array, Any]:
             part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
-            drawn = draw(trained, frozen, schedule, *part)
+            with resident():
+                drawn = draw(trained, frozen, schedule, *part)
             return drawn, None if output is None else output.decode(drawn)
 
         return join_rows(_take(lanes, of, chunks(len(noise), config.rollout.microbatch), output))

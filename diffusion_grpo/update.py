@@ -39,6 +39,7 @@ from diffusion_grpo.mesh import (
     by_rows,
     partial_sums,
     replicated,
+    resident,
     shards,
     total_of,
 )
@@ -369,10 +370,13 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
             zero = jnp.zeros_like(mb.advantages)
             pulls, common = Pulls(zero, zero, zero), (params, frozen, schedule, mb, plan, beta)
             if summed:
-                pulls, metrics = loss.terms(*common, on_policy=on_policy)
+                with resident():
+                    pulls, metrics = loss.terms(*common, on_policy=on_policy)
                 history.append(metrics)
             for k in range(number):
-                total, metrics, _ = loss.accumulate(total, *common, plan.steps[k], pulls, shares)
+                step = plan.steps[k]
+                with resident():
+                    total, metrics, _ = loss.accumulate(total, *common, step, pulls, shares)
                 history.append(metrics)
             return total, history
 

@@ -123,6 +123,8 @@ def test_dppo_drops_what_is_far_and_moves_outward():
     gradient = jax.grad(lambda x: loss(x)[0].sum())(log_ratio)
     want = -np.asarray(advantages) * np.exp(np.asarray(log_ratio)) * [0, 1, 1, 0, 1, 1]
     np.testing.assert_allclose(gradient, want, rtol=1e-6)
+    # What is dropped counts nothing in the loss either: the rest is −A ρ, its own gradient.
+    np.testing.assert_allclose(loss(log_ratio)[0], want, rtol=1e-6)
 
 
 def test_guarded_ratio_is_centered_and_spreads_alike_at_every_noise():

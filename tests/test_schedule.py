@@ -346,11 +346,13 @@ def test_an_impossible_schedule_is_refused(options, num_steps, arguments, messag
         make_schedule(config(**options), num_steps, **arguments)
 
 
-def test_the_largest_eta_named_in_the_refusal_is_accepted():
+@pytest.mark.parametrize("noisy", [range(10), range(3, 7)])
+def test_the_largest_eta_named_in_the_refusal_is_accepted(noisy):
+    mask = [step in noisy for step in range(10)]
     with pytest.raises(UsageError) as refusal:
-        make_schedule(config(), 10, eta=3.0)
+        make_schedule(config(), 10, eta=5.0, stochastic_steps=mask)
     limit = float(str(refusal.value).split()[-1].rstrip("."))
     assert limit > 1
-    make_schedule(config(), 10, eta=limit * 0.999)
+    make_schedule(config(), 10, eta=limit * 0.999, stochastic_steps=mask)
     with pytest.raises(UsageError):
-        make_schedule(config(), 10, eta=limit * 1.001)
+        make_schedule(config(), 10, eta=limit * 1.001, stochastic_steps=mask)
