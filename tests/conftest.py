@@ -2,15 +2,18 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 from typing import Any
 
 # Before anything imports JAX or the hub client; the environment reaches subprocesses too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compile much and run little: a third of the time to compile a UNet's gradient.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+_flags = ["--xla_backend_optimization_level=0"]
+# Later ones end the process at the unknown flag (`compiling.py` would import JAX too early).
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 # A cache of compiled programs for each worker of pytest-xdist and its subprocesses, without a limit
 # of size: under a limit JAX reads the whole folder, behind a lock, for every program that it adds,
 # and without a lock two workers could read what the other is still writing. The controller loads
