@@ -112,16 +112,17 @@ def test_dual_clip_bounds_the_loss_of_bad_samples_and_agrees_with_torch():
 
 
 def test_dppo_drops_what_is_far_and_moves_outward():
-    log_ratio = jnp.asarray([0.3, 0.3, -0.3, -0.3, 0.3, -0.3])
-    advantages = jnp.asarray([2.0, -2.0, 2.0, -2.0, 2.0, -2.0])
-    divergence = jnp.asarray([0.2, 0.2, 0.2, 0.2, 0.05, 0.05])
+    # The last three: at the limit, at the old policy's density, and without an advantage.
+    log_ratio = jnp.asarray([0.3, 0.3, -0.3, -0.3, 0.3, -0.3, 0.3, 0.0, 0.3])
+    advantages = jnp.asarray([2.0, -2.0, 2.0, -2.0, 2.0, -2.0, 2.0, 2.0, 0.0])
+    divergence = jnp.asarray([0.2, 0.2, 0.2, 0.2, 0.05, 0.05, 0.1, 0.2, 0.2])
 
     def loss(x):
         return masked_surrogate(x, advantages, divergence, limit=0.1)
 
-    assert loss(log_ratio)[1].tolist() == [True, False, False, True, False, False]
+    assert loss(log_ratio)[1].tolist() == [True, False, False, True] + 5 * [False]
     gradient = jax.grad(lambda x: loss(x)[0].sum())(log_ratio)
-    want = -np.asarray(advantages) * np.exp(np.asarray(log_ratio)) * [0, 1, 1, 0, 1, 1]
+    want = -np.asarray(advantages) * np.exp(np.asarray(log_ratio)) * [0, 1, 1, 0, 1, 1, 1, 1, 1]
     np.testing.assert_allclose(gradient, want, rtol=1e-6)
     # What is dropped counts nothing in the loss either: the rest is −A ρ, its own gradient.
     np.testing.assert_allclose(loss(log_ratio)[0], want, rtol=1e-6)
@@ -153,6 +154,7 @@ def test_a_clip_range_is_scaled_in_the_log_ratio():
     assert scaled_clip(0.2, 0.3, 1.0) == (pytest.approx(0.2), pytest.approx(0.3))
     low, high = scaled_clip(0.1, 0.1, 1e6)
     assert 0.0 < low <= 1.0 and np.isfinite(np.float32(high))
+    assert high == pytest.approx(np.expm1(80.0), rel=1e-12)  # as documented: the end of the range
 
 
 def test_adaptive_beta_moves_towards_the_target_and_no_faster_than_two_percent():

@@ -12,6 +12,7 @@ from scipy.stats import norm
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.schedule import (
     SchedulerConfig,
+    add_noise,
     alphas_cumprod,
     gaussian_kl,
     gaussian_log_prob,
@@ -19,6 +20,7 @@ from diffusion_grpo.schedule import (
     spaced_timesteps,
     step_distribution,
     step_sensitivity,
+    velocity,
 )
 from diffusion_grpo.steps import step_weights
 
@@ -90,6 +92,19 @@ def test_standard_deviation_of_draws_is_sigma():
     abar = alphas_cumprod(config())
     posterior = (1 - abar[499]) / (1 - abar[599]) * (1 - abar[599] / abar[499])
     np.testing.assert_allclose(drawn.std(), math.sqrt(posterior), rtol=0.02)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_forward_process_and_its_velocity_are_those_of_the_roots_in_float64(on_device):
+    table = alphas_cumprod(config())
+    x0, noise, t = latents(0), latents(1), np.array([0, 400, 999])
+    signal, scale = (np.sqrt(part)[t, None, None, None] for part in (table, 1 - table))
+    given = jnp.asarray(table, jnp.float32) if on_device else table
+    arguments = (given, jnp.asarray(x0), jnp.asarray(noise), jnp.asarray(t, jnp.int32))
+    # Near t = 0, 1 − ᾱ of a float32 table has lost digits.
+    tolerance = {"rtol": 0, "atol": 2e-5 if on_device else 3e-7}
+    np.testing.assert_allclose(add_noise(*arguments), signal * x0 + scale * noise, **tolerance)
+    np.testing.assert_allclose(velocity(*arguments), signal * noise - scale * x0, **tolerance)
 
 
 def test_ancestral_step_is_the_ddpm_posterior():
@@ -356,3 +371,17 @@ def test_the_largest_eta_named_in_the_refusal_is_accepted(noisy):
     make_schedule(config(), 10, eta=limit * 0.999, stochastic_steps=mask)
     with pytest.raises(UsageError):
         make_schedule(config(), 10, eta=limit * 1.001, stochastic_steps=mask)
+
+
+def test_at_the_largest_eta_rounding_leaves_no_direction_without_a_number():
+    table, below = alphas_cumprod(config()), 0
+    for num_steps in (2, 3, 4, 5, 8, 10, 20, 25, 40, 50):
+        t = spaced_timesteps(config(), num_steps)
+        previous = t - 1000 // num_steps
+        a, s = table[t], np.where(previous >= 0, table[np.maximum(previous, 0)], table[0])
+        unit = (1 - s) / (1 - a) * (1 - a / s)
+        eta = np.sqrt(np.min((1 - s) / unit))  # where nothing is left beside the noise
+        below += np.min(1 - s - eta**2 * unit) < 0
+        schedule = make_schedule(config(), num_steps, eta=float(eta))
+        assert np.isfinite(schedule.direction_scale).all()
+    assert below  # some remainder was rounded to less than nothing
