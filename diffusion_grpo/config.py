@@ -129,7 +129,12 @@ def _options_of(rewards: Sequence[str], options: Sequence[str]) -> tuple[str, ..
 
 
 def demo() -> Config:
-    """The embedded shapes model toward the embedded CLIP score: ten minutes on two CPU cores."""
+    """The embedded shapes model toward the embedded CLIP score: ten minutes on two CPU cores.
+
+    `diffusion-grpo train demo`: 380 iterations. Of 360 held-out prompts 43.9 % are drawn right
+    before, 55 % after 100 iterations whose rate falls to nothing, and 59.7 % (58.6 to 61.7, three
+    seeds) after all; the CLIP score goes from 0.587 to 0.625.
+    """
     return Config(
         model=ModelConfig(pretrained="shapes-diffusion", trainable="full"),
         rollout=RolloutConfig(
@@ -159,7 +164,12 @@ def demo() -> Config:
 
 
 def demo_gold() -> Config:
-    """The embedded model toward the exact judge with partial credit: how far RL takes it."""
+    """The embedded model toward the exact judge with partial credit: how far RL takes it.
+
+    `diffusion-grpo train demo-gold`: ten minutes on two CPU cores. Of the held-out prompts 54 %
+    are drawn right after 120 iterations whose rate falls to nothing (43.9 % before); with
+    DiffusionNFT and all of 16 x 8 images 66 % (one seed each; docs/learning.md).
+    """
     base = demo()
     return dataclasses.replace(
         base,
@@ -170,7 +180,12 @@ def demo_gold() -> Config:
 
 
 def demo_mix() -> Config:
-    """The embedded model toward the CLIP score and the judge, each normalized in its groups."""
+    """The embedded model toward the CLIP score and the judge, each normalized in its groups.
+
+    `diffusion-grpo train demo-mix`: ten minutes on two CPU cores. Of the held-out prompts 59 % are
+    drawn right after 120 iterations whose rate falls to nothing (43.9 % before); with DiffusionNFT
+    and all of 16 x 8 images 70 % (one seed each; docs/learning.md).
+    """
     base = demo_gold()
     return dataclasses.replace(
         base,
@@ -221,7 +236,7 @@ PRESETS: dict[str, Config] = {name: preset() for name, preset in _PRESET_FUNCTIO
 
 def describe_preset(name: str) -> str:
     """Return the one line that says what a preset is."""
-    return (_PRESET_FUNCTIONS[name].__doc__ or "").strip()
+    return (_PRESET_FUNCTIONS[name].__doc__ or "").strip().splitlines()[0]
 
 
 def load_config(
