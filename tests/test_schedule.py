@@ -1,5 +1,6 @@
 """Schedules, log-densities and weights against SciPy and float64 re-derivations."""
 
+import dataclasses
 import json
 import math
 
@@ -199,6 +200,17 @@ def test_sensitivity_over_ten_steps():
     schedule = make_schedule(config(), 10, eta=1.0)
     expected = [0.10, 0.15, 0.22, 0.31, 0.40, 0.51, 0.64, 0.82, 1.16, 11.0]
     np.testing.assert_allclose(step_sensitivity(schedule), expected, atol=0.05)
+
+
+def test_a_step_without_noise_has_no_sensitivity():
+    schedule = make_schedule(config(), 4, eta=1.0, stochastic_steps=[True, False, True, False])
+    assert (np.asarray(step_sensitivity(schedule)) > 0).tolist() == [True, False, True, False]
+    assert not np.asarray(step_sensitivity(schedule))[[1, 3]].any()
+
+
+def test_a_schedule_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_schedule(config(), 2, eta=1.0).std = jnp.zeros(2)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
