@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from diffusion_grpo.conditioning import Conditioning, encode_prompts, of_rows
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
-from diffusion_grpo.mesh import by_rows, gathered, resident, shards
+from diffusion_grpo.mesh import by_rows, gathered, on_devices, resident, shards
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
 from diffusion_grpo.samplers import Solver, make_solver, solve
@@ -120,7 +120,10 @@ def make_policy(
         return TrainablePolicy(model.unet, guidance_scale, noise_steps=noise_steps)
     parts = {name: getattr(model, name) for name in lora}
     network = adapted_network(parts, lora, clip_skip=clip_skip, rngs=nnx.Rngs(seed))
-    return TrainablePolicy(network, guidance_scale, LoRAParam, noise_steps=noise_steps)
+    policy = TrainablePolicy(network, guidance_scale, LoRAParam, noise_steps=noise_steps)
+    if policy.reads_tokens:  # text encoders are loaded to the host, where each is used once
+        policy.frozen = on_devices(policy.frozen)
+    return policy
 
 
 def adapted_network(

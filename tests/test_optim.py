@@ -144,7 +144,7 @@ def test_the_average_follows_the_parameters_and_is_what_is_evaluated():
     optimizer = optax.sgd(1.0)
     update = make_update(lambda params, g: ({"w": g}, {"loss": g.sum()}), optimizer, ema_decay=0.75)
     params = {"w": jnp.zeros(2)}
-    state = TrainState(params, optimizer.init(params), {"w": jnp.zeros(2)})
+    state = TrainState(params, optimizer.init(params), {"w": jnp.zeros(2)}, jnp.int32(0))
     weight, average = 0.0, 0.0
     for g in (1.0, -2.0, 0.5):
         state, metrics = update(state, jnp.full(2, g))
