@@ -166,9 +166,9 @@ def demo() -> Config:
 def demo_gold() -> Config:
     """The embedded model toward the exact judge with partial credit: how far RL takes it.
 
-    `diffusion-grpo train demo-gold`: ten minutes on two CPU cores. Of the held-out prompts 54 %
-    are drawn right after 120 iterations whose rate falls to nothing (43.9 % before); with
-    DiffusionNFT and all of 16 x 8 images 66 % (one seed each; docs/learning.md).
+    `diffusion-grpo train demo-gold`: 380 iterations, each about as long as one of `demo`. Of the
+    held-out prompts 54 % are drawn right after 120 iterations whose rate falls to nothing (43.9 %
+    before); with DiffusionNFT and all of 16 x 8 images 66 % (one seed each; docs/learning.md).
     """
     base = demo()
     return dataclasses.replace(
@@ -182,9 +182,9 @@ def demo_gold() -> Config:
 def demo_mix() -> Config:
     """The embedded model toward the CLIP score and the judge, each normalized in its groups.
 
-    `diffusion-grpo train demo-mix`: ten minutes on two CPU cores. Of the held-out prompts 59 % are
-    drawn right after 120 iterations whose rate falls to nothing (43.9 % before); with DiffusionNFT
-    and all of 16 x 8 images 70 % (one seed each; docs/learning.md).
+    `diffusion-grpo train demo-mix`: 380 iterations, each about as long as one of `demo`. Of the
+    held-out prompts 59 % are drawn right after 120 iterations whose rate falls to nothing (43.9 %
+    before); with DiffusionNFT and all of 16 x 8 images 70 % (one seed each; docs/learning.md).
     """
     base = demo_gold()
     return dataclasses.replace(

@@ -23,7 +23,7 @@ from diffusion_grpo.config import Config, PromptsConfig
 from diffusion_grpo.divided_scoring import DividedScoring, start_scoring
 from diffusion_grpo.gaussian import Reduction, gaussian_kl
 from diffusion_grpo.lanes import Lanes
-from diffusion_grpo.mesh import by_rows, own_rows, to_host
+from diffusion_grpo.mesh import by_rows, own_rows, resident, to_host
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
     latent_shape,
@@ -192,14 +192,12 @@ class Evaluator:
         """Draw the images, chunk by chunk of one size; yields those of this process."""
 
         def draw(rows: np.ndarray) -> Any:
-            final = self._draw(
-                trained,
-                self._policy.frozen,
-                self._schedule,
-                by_rows(self._initial[rows]),
-                by_rows(self._keys[rows]),
-                by_rows_of(self._conditioning, rows),
-            )
+            beginnings = by_rows(self._initial[rows]), by_rows(self._keys[rows])
+            conditioning = by_rows_of(self._conditioning, rows)
+            with resident():
+                final = self._draw(
+                    trained, self._policy.frozen, self._schedule, *beginnings, conditioning
+                )
             return self._decode(final)
 
         for images in self._lanes.run([partial(draw, rows) for rows in chunks]):

@@ -1,9 +1,8 @@
 """Floating-point operations of a program, counted in its matrix products and convolutions.
 
-Counted in the traced program, not the compiled one: neither a fused kernel nor a library call hides
-from it, and traced within `kernels.planned_for("plain")` the number is the model's, the same on
-every device. Multiplications and additions count one each; everything else (norms, activations,
-softmax) is left out, as is usual for MFU.
+Counted in the traced program, not the compiled one: so the number is the model's, the same on every
+device, and neither a fused kernel nor a library call hides from it. Multiplications and additions
+count one each; everything else (norms, activations, softmax) is left out, as is usual for MFU.
 """
 
 from __future__ import annotations

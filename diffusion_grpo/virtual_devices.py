@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 VARIABLE = "PJRT_NPROC"
 _FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
@@ -29,7 +29,7 @@ def give_threads(variables: MutableMapping[str, str] = os.environ) -> None:
         variables.setdefault(VARIABLE, str(2 * max(count, os.cpu_count() or 1)))
 
 
-def virtual_devices(variables: MutableMapping[str, str]) -> int:
+def virtual_devices(variables: Mapping[str, str]) -> int:
     """Return how many CPU devices the environment asks for; 1 if it does not say."""
     found = _FLAG.findall(variables.get("XLA_FLAGS", ""))
     given = variables.get("JAX_NUM_CPU_DEVICES", "")

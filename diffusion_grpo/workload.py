@@ -23,7 +23,6 @@ from diffusion_grpo.flops import count_flops
 from diffusion_grpo.learner import Rollout, image_advantages, penalized
 from diffusion_grpo.learning import GRPOLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
-from diffusion_grpo.models.kernels import planned_for
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
     latent_shape,
@@ -234,14 +233,7 @@ class Workload:
         return counted
 
     def network_flops(self) -> tuple[float, float]:
-        """Count one denoising step of one image: forward, and forward with backward.
-
-        Of the model in its plain form, which no device's formulation makes less of.
-        """
-        with planned_for("plain"):
-            return self._network_flops()
-
-    def _network_flops(self) -> tuple[float, float]:
+        """Count one denoising step of one image: forward, and forward with backward."""
         network, config = self.policy.network(self.policy.trained), self.config
         pipeline_parts(network)["unet"].gradient_checkpointing = False
         plain = TrainablePolicy(

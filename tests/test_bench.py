@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_grpo.cli import main
 from diffusion_grpo.flops import count_flops
-from diffusion_grpo.models.kernels import planned_for
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import VAEConfig
 from diffusion_grpo.peer import Peer, PeerError
@@ -144,9 +143,8 @@ def test_operations_are_those_that_pytorch_counts():
                 out.backward()
         return counter.get_total_flops()
 
-    with planned_for("plain"):
-        assert count_flops(forward, state, x) == counted(False)
-        both = count_flops(jax.grad(lambda s, x: forward(s, x).sum(), argnums=(0, 1)), state, x)
+    assert count_flops(forward, state, x) == counted(False)
+    both = count_flops(jax.grad(lambda s, x: forward(s, x).sum(), argnums=(0, 1)), state, x)
     assert abs(both / counted(True) - 1) < 0.02
 
 

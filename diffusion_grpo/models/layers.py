@@ -182,9 +182,13 @@ class Downsample2D(nnx.Module):
 class Upsample2D(nnx.Module):
     """Nearest-neighbor upsampling, then a 3×3 convolution."""
 
-    def __init__(self, channels: int, **kw: Any):
-        """Build it for `channels` in and out."""
+    def __init__(self, channels: int, *, differentiated: bool = True, **kw: Any):
+        """Build it for `channels` in and out.
+
+        One whose gradient is never taken may be computed by `convolutions.of_doubled`.
+        """
         self.conv = conv(channels, channels, 3, **kw)
+        self.differentiated = differentiated
 
     def __call__(
         self, x: Float[Array, "B h w c"], size: tuple[int, int] | None = None
@@ -192,6 +196,8 @@ class Upsample2D(nnx.Module):
         """Double the spatial size, or bring it to `size` (odd sizes met on the way down)."""
         _, h, w, _ = x.shape
         if size is None or size == (2 * h, 2 * w):
+            if self.differentiated:
+                return self.conv(convolutions.doubled(x))
             return convolutions.of_doubled(x, self.conv)
         rows = jnp.asarray([math.floor(i * h / size[0]) for i in range(size[0])])
         cols = jnp.asarray([math.floor(j * w / size[1]) for j in range(size[1])])

@@ -170,7 +170,7 @@ class UpDecoderBlock2D(nnx.Module):
             ]
         )
         if upsample:
-            self.upsamplers = nnx.List([Upsample2D(out, **kw)])
+            self.upsamplers = nnx.List([Upsample2D(out, differentiated=False, **kw)])
 
     def __call__(self, x: Array) -> Array:
         """Map [B, h, w, in] to [B, 2h, 2w, out]."""
