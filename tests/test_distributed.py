@@ -135,7 +135,10 @@ def test_two_processes_train_as_one_of_two_devices(preempted, of_two_devices, tm
     }
     for path in written:
         pair = [np.asarray(Image.open(run / path).convert("RGB")) for run in (both, of_two_devices)]
-        np.testing.assert_allclose(*map(np.float32, pair), atol=1, err_msg=str(path))
+        apart = np.abs(np.subtract(*map(np.float32, pair)))
+        # A lossy sheet's encoder makes a block of a few levels of that one; another image, tens.
+        bound = apart.mean() < 0.2 if path.suffix == ".webp" else apart.max() <= 1
+        assert bound, (path, apart.mean(), apart.max())
     exported = "final/unet/diffusion_pytorch_model.safetensors"
     assert (both / exported).stat().st_size == (of_two_devices / exported).stat().st_size
 
