@@ -28,15 +28,20 @@ def disturb(moment: str, iteration: int, number: int) -> None:
             os.kill(os.getpid(), number)
 
     sample, learn, save = GRPOLearner.sample, GRPOLearner.learn, Checkpoints.save
-    advantages, decode_and_score = train.image_advantages, train.decode_and_score
+    advantages, decoded_and_scored = train.image_advantages, train.decoded_and_scored
 
     def sampled(self: Any, state: Any, iteration: int, *rest: Any, **options: Any) -> Any:
         now[0] = iteration
         return sample(self, state, iteration, *rest, **options)
 
-    def scored(*arguments: Any) -> None:
-        at("sampling")
-        decode_and_score(*arguments)
+    def scored(*arguments: Any) -> Any:
+        output = decoded_and_scored(*arguments)
+
+        def take(chunk: Any) -> None:
+            at("sampling")  # the first images are there, others are being drawn
+            output.take(chunk)
+
+        return output._replace(take=take)
 
     def compared(*arguments: Any, **options: Any) -> Any:
         at("scoring")
@@ -52,7 +57,7 @@ def disturb(moment: str, iteration: int, number: int) -> None:
         at("save")  # the files are being written by other threads
 
     GRPOLearner.sample, GRPOLearner.learn, Checkpoints.save = sampled, learned, saved
-    train.image_advantages, train.decode_and_score = compared, scored
+    train.image_advantages, train.decoded_and_scored = compared, scored
 
 
 if __name__ == "__main__":
