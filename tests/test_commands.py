@@ -20,8 +20,9 @@ from PIL import Image
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
-from diffusion_grpo.commands.models import reward_options
+from diffusion_grpo.commands.models import find_model, reward_options
 from diffusion_grpo.commands.view import make_server
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.metrics import metric_meanings, read_metrics
 from diffusion_grpo.pipeline import generate
@@ -331,3 +332,15 @@ def test_a_run_is_scored_with_its_own_options_of_a_reward(tmp_path):
     assert reward_options(words, ["clip=0.5"], []) == options[:2]
     assert reward_options(words, ["jpeg_size"], []) == ()
     assert reward_options(words, ["clip"], ["clip.model=other"]) == ("clip.model=other", options[1])
+
+
+def test_a_run_without_a_model_says_how_to_get_one(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UsageError, match=r"no final/; .*--resume \S+`.* export \S+@N .*FOLDER`$"):
+        find_model(str(tmp_path))
+    for step in (12, 3):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"FOLDER` \(N: 3, 12\)$"):
+        find_model(str(tmp_path))
+    with pytest.raises(UsageError, match="no best/; expected a run with --eval.every"):
+        find_model(f"{tmp_path}@best")

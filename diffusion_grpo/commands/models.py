@@ -38,8 +38,24 @@ def find_model(word: str) -> str:
     if which == "best" and not found.is_dir() and (run / "best.json").is_file():
         found = run / "final"
     if not found.is_dir():
-        raise UsageError(f"{word!r}: the run has no {which}/ yet; wait until it is written")
+        if which == "best":
+            raise UsageError(
+                f"{word!r}: the run has no best/; expected a run with --eval.every, which keeps one"
+            )
+        raise UsageError(
+            f"{word!r}: the run has no final/; wait for its end, or end it with `diffusion-grpo "
+            f"train --resume {run}`, or take a checkpoint of it with `diffusion-grpo export "
+            f"{run}@N --output FOLDER`{_at(run)}"
+        )
     return str(found)
+
+
+def _at(run: Path) -> str:
+    """Say after how many iterations a run has checkpoints."""
+    folder = run / "checkpoints"
+    steps = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    numbers = sorted(int(step) for step in steps if step.isdecimal())
+    return f" (N: {', '.join(map(str, numbers))})" if numbers else ""
 
 
 def reward_options(
