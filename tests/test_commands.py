@@ -275,6 +275,34 @@ def test_evaluate_compares_with_the_base_and_measures_the_kl(run_dir, tmp_path, 
     assert "## ddpm, base" in capsys.readouterr().err
 
 
+def test_evaluate_gives_rewards_the_images_of_a_prompt_as_a_group(run_dir, tmp_path):
+    reward = tmp_path / "place.py"
+    reward.write_text(
+        "from diffusion_grpo.reward import of_group\n\n"
+        "@of_group\ndef place(images, prompts, metadata):\n"
+        "    assert len(images) == 3 and len(set(prompts)) == 1\n    return [0.0, 1.0, 5.0]\n"
+    )
+    path = tmp_path / "numbers.json"
+    words = ["evaluate", run_dir, "--reward", reward, "--num-steps", 2, "--samplers", "ddim"]
+    words = [*map(str, words), "--prompts", str(run_dir.parent / "prompts.jsonl")]
+    assert main([*words, "--num-images", "3", "--output", str(path)]) == 0
+    assert json.loads(path.read_text())["samplers"]["ddim"]["rewards"]["place"]["mean"] == 2.0
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_rewards_are_asked_before_anything_is_drawn(command, run_dir, tmp_path, capsys):
+    (tmp_path / "place.py").write_text(
+        "from diffusion_grpo.reward import of_group\n\n"
+        "@of_group\ndef place(images, prompts, metadata):\n    return [0.0] * len(images)\n"
+    )
+    output = tmp_path / ("n.json" if command == "evaluate" else "n.png")
+    words = [command, run_dir, "--reward", tmp_path / "place.py", "--num-images", 1]
+    words += ["--prompts", run_dir.parent / "prompts.jsonl", "--output", output]
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert "num_images is 1, but reward 'place' compares" in said and "images/s" not in said
+
+
 def test_report_is_written_where_it_is_asked_for(run_dir, tmp_path, capsys):
     path = tmp_path / "both.html"
     assert main(["report", str(run_dir), str(run_dir), "--output", str(path)]) == 0

@@ -144,6 +144,9 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     n = options.num_images
     repeated = [prompt for prompt in prompts for _ in range(n)]
     texts = [prompt.text for prompt in repeated]
+    metadata = [prompt.metadata for prompt in repeated]
+    if rewards is not None:
+        rewards.check(texts, metadata, group_size=n, what="num_images")
     images: list[np.ndarray] = []
     settings: dict[str, Any] = {}
     for name, path in zip(labels, paths, strict=True):
@@ -176,8 +179,7 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
             )
     scores = None
     if rewards is not None:
-        metadata = [prompt.metadata for prompt in repeated]
-        scores = [rewards(drawn, texts, metadata).total for drawn in images]
+        scores = [rewards(drawn, texts, metadata, group_size=n).total for drawn in images]
         means = [f"{k} {np.mean(v):.4f}" for k, v in zip(labels, scores, strict=True)]
         talk.say("mean reward: " + ", ".join(means))
     page = comparison_grid(images, labels, texts, scores=scores, text_size=options.font_size)

@@ -87,6 +87,12 @@ def run(words: Sequence[str]) -> list[Path]:
 
     chosen = reward_options(words, options.reward, options.reward_options)
     rewards = RewardSet.load(parse_reward_specs(options.reward, chosen))
+    rewards.check(
+        [prompt.text for prompt in prompts],
+        [prompt.metadata for prompt in prompts],
+        group_size=options.num_images,
+        what="num_images",
+    )
     dtype = DTYPES[options.dtype]
     models = [
         StableDiffusion.from_pretrained(place, dtype=dtype, param_dtype=dtype) for place in places
@@ -128,7 +134,7 @@ def run(words: Sequence[str]) -> list[Path]:
                     **settings,
                     **where,
                 )
-            result = rewards(images, texts, metadata)
+            result = rewards(images, texts, metadata, group_size=n)
             found.append(
                 Evaluation(
                     images,
