@@ -35,7 +35,8 @@ FLAGS = (
 
 # DiffusionNFT, which learns from the noisiest timesteps.
 NFT = (
-    *("--grpo.algorithm", "nft", "--grpo.kl", "mse", "--grpo.step-weights", "uniform"),
+    *("--grpo.algorithm", "nft", "--grpo.kl", "mse", "--grpo.beta", "0"),
+    *("--grpo.step-weights", "uniform"),
     *("--rollout.window-start", "0", "--rollout.window-size", "3"),
 )
 
@@ -74,7 +75,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         *("--rollout.prompts-per-iteration", "16"),
         *("--rollout.images-per-prompt", "8", "--grpo.best-and-worst", "2"),
     ),
-    "KL of 0.01": ("--grpo.beta", "0.01"),
+    "no KL": ("--grpo.beta", "0"),
+    "KL of 0.003": ("--grpo.beta", "0.003"),
+    "KL of 0.03": ("--grpo.beta", "0.03"),
     "half the learning rate": ("--optim.learning-rate", "2e-4"),
     "no average": ("--optim.ema-decay", "None"),
     "LoRA": ("--model.trainable", "lora", "--optim.learning-rate", "1e-3"),

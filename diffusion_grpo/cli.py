@@ -226,10 +226,11 @@ def _parse(kind: type[_T], words: list[str], prog: str) -> _T:
 def _prepare_jax() -> None:
     """Set what JAX and Transformers read from the environment as they are imported.
 
-    Compiled programs are kept in the user's cache folder, so that a second start is quick, and
-    Transformers does not tell that PyTorch is missing: nothing here wants it.
+    Compiled programs are kept in the user's cache folder, the hundreds of small ones too, which are
+    a quarter of a second start. Transformers does not tell that PyTorch is missing: nothing here
+    wants it.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "diffusion-grpo" / "jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
