@@ -24,7 +24,7 @@ import numpy as np
 FLAGS = (
     *("--grpo.best-and-worst", "None", "--eval.num-prompts", "8", "--eval.num-steps", "2"),
     *("--run.report", "False", "--run.tensorboard", "off", "--run.sample-every", "0"),
-    *("--run.save-every", "0", "--eval.keep-best", "False"),
+    *("--run.save-every", "0", "--eval.keep-best", "False", "--grpo.beta", "0"),
 )
 
 # What grows → size → flags after `train demo`.
