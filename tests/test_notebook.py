@@ -29,3 +29,11 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     assert len(pictures) == 2
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "clip " in printed and "shapes " in printed and "gain" in printed
+
+
+def test_the_notebook_is_kept_with_what_it_showed():
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    said = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "iteration 120/120" in said and "gain +" in said and "site-packages" not in said
