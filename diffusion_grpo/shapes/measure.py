@@ -3,6 +3,10 @@
 - autoencoder: share of pictures that the exact verifier accepts before and after a round trip
 - CLIP: share of pictures whose caption scores above five false ones that differ by one change
 - pipeline: share of pictures that show exactly what their prompt says, by task and guidance
+- places: of the pictures whose prompt states a place, the share with the objects asked for, and of
+  these the share at the right place (chance: a fourth)
+- diversity: mean CLIP distance of a prompt's pictures, of those that are right, and of scenes that
+  the prompt is true of
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_grpo.clip_embedding import CLIPEmbedder
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.images import image_grid, save_image
 from diffusion_grpo.pipeline import generate, make_decoder
 from diffusion_grpo.pretrained import StableDiffusion
@@ -84,6 +90,110 @@ def measure_pipeline(
     return result | {"all": float(passed.mean())}, images, texts
 
 
+def measure_places(
+    model: StableDiffusion, guidance_scale: float, num_steps: int, seed: int, num_images: int = 4
+) -> dict[str, float]:
+    """Return what of the held-out prompts that state a place is drawn right, by part."""
+    prompts = enumerate(load_prompts("shapes_heldout"))
+    indices = np.array([i for i, p in prompts if p.metadata["task"] == "position"])
+    texts = [load_prompts("shapes_heldout")[i].text for i in indices for _ in range(num_images)]
+    images = generate(
+        model,
+        texts,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        prompt_index=np.repeat(indices, num_images).tolist(),
+        image_index=list(range(num_images)) * len(indices),
+        batch_size=64,
+    )
+    verdict = verify(images, texts)
+    parts = verdict.parts
+    objects = parts["shape"] & parts["color"] & parts["count"]
+    return {
+        "images": len(texts),
+        "objects": float(objects.mean()),
+        "place_of_those": float(parts["position"][objects].mean()),
+        "right": float(verdict.passed.mean()),
+    }
+
+
+def true_scenes(texts: Sequence[str], n: int, seed: int, rounds: int = 50) -> np.ndarray:
+    """Render `n` random held-out scenes that each caption is true of.
+
+    Returns:
+        uint8 `[len(texts), n, H, W, 3]`.
+
+    Raises:
+        UsageError: if a caption is so rare that `rounds` draws of 40 000 scenes did not do.
+    """
+    rng, found = np.random.default_rng(seed), {text: [] for text in texts}
+    for _ in range(rounds):
+        scenes = sample_scenes(rng, 40_000, split="heldout")
+        said = captions(scenes, rng)
+        for i, text in enumerate(said):
+            if text in found and len(found[text]) < n:
+                found[text].append(render(scenes.take(np.array([i])))[0])
+        if all(len(images) == n for images in found.values()):
+            return np.array([found[text] for text in texts])
+    rare = next(text for text, images in found.items() if len(images) < n)
+    raise UsageError(
+        f"found {len(found[rare])} of {n} held-out scenes that {rare!r} is true of; expected a "
+        "caption of prompts/shapes_heldout.txt"
+    )
+
+
+def measure_diversity(
+    model: StableDiffusion,
+    clip: str,
+    n: int,
+    guidance_scale: float,
+    num_steps: int,
+    seed: int,
+    num_images: int = 4,
+) -> dict[str, float]:
+    """Return mean pairwise CLIP distances within held-out prompts (as of `rewards/diversity.py`).
+
+    Pictures that are wrong are far from those that are right, so that a model that draws more of
+    them right has less distance. Therefore also of the pairs that are both right, beside the
+    distance of true scenes of the same prompts.
+    """
+    texts = [p.text for p in load_prompts("shapes_heldout")[:n]]
+    repeated = [text for text in texts for _ in range(num_images)]
+    images = generate(
+        model,
+        repeated,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        prompt_index=np.repeat(np.arange(len(texts)), num_images).tolist(),
+        image_index=list(range(num_images)) * len(texts),
+        batch_size=64,
+    )
+    embedder = CLIPEmbedder.from_pretrained("diversity", clip, 64)
+    first, second = np.triu_indices(num_images, 1)
+
+    def distances(images: np.ndarray) -> np.ndarray:
+        parts = np.array_split(images, -(-len(images) // 64))
+        found = [np.asarray(embedder.images(jnp.asarray(x, jnp.float32) / 255)) for x in parts]
+        groups = np.concatenate(found).reshape(len(texts), num_images, -1)
+        return 1 - (groups[:, first] * groups[:, second]).sum(axis=-1)
+
+    drawn = distances(images)
+    true = distances(true_scenes(texts, num_images, seed).reshape(images.shape))
+    right = verify(images, repeated).passed.reshape(len(texts), num_images)
+    both = right[:, first] & right[:, second]
+    some = both.any(axis=1)
+    of_right = np.array([d[b].mean() for d, b in zip(drawn[some], both[some], strict=True)])
+    return {
+        "all": float(drawn.mean()),
+        "true": float(true.mean()),
+        "right": float(of_right.mean()),
+        "true_of_those": float(true[some].mean()),
+        "prompts_of_those": int(some.sum()),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for, and print it as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -102,12 +212,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": measure_autoencoder(model, 1024, args.seed),
         "clip": measure_clip(args.clip, 256, args.seed),
         "pipeline": {},
+        "places": {},
+        "diversity": {},
     }
     for scale in args.guidance:
         shares, images, texts = measure_pipeline(
             model, args.num_prompts, scale, args.num_steps, args.seed
         )
         report["pipeline"][f"guidance {scale:g}"] = shares
+        report["places"][f"guidance {scale:g}"] = measure_places(
+            model, scale, args.num_steps, args.seed
+        )
+        report["diversity"][f"guidance {scale:g}"] = measure_diversity(
+            model, args.clip, args.num_prompts, scale, args.num_steps, args.seed
+        )
         if args.grid:
             save_image(args.grid, image_grid(images[:48], texts[:48], columns=8))
     print(json.dumps(report, indent=2))
