@@ -68,22 +68,40 @@ def measure_clip(clip: str, n: int, seed: int, choices: int = 6) -> dict[str, fl
     return result | {"mean": float(np.mean(list(result.values())))}
 
 
-def measure_pipeline(
-    model: StableDiffusion, n: int, guidance_scale: float, num_steps: int, seed: int
-) -> tuple[dict[str, float], np.ndarray, list[str]]:
-    """Return the share of right pictures of the held-out prompts, by task, with the pictures."""
-    prompts = load_prompts("shapes_heldout")[:n]
-    texts = [p.text for p in prompts]
+def draw(
+    model: StableDiffusion,
+    indices: Sequence[int],
+    num_images: int,
+    guidance_scale: float,
+    num_steps: int,
+    seed: int,
+) -> tuple[np.ndarray, list[str]]:
+    """Draw `num_images` of each of some held-out prompts, given by their places in the list.
+
+    Returns:
+        The images, uint8 `[len(indices) · num_images, H, W, 3]`, and the prompt of each.
+    """
+    prompts = load_prompts("shapes_heldout")
+    texts = [prompts[i].text for i in indices for _ in range(num_images)]
     images = generate(
         model,
         texts,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         seed=seed,
-        prompt_index=range(len(texts)),
-        image_index=[0] * len(texts),
+        prompt_index=[i for i in indices for _ in range(num_images)],
+        image_index=list(range(num_images)) * len(indices),
         batch_size=64,
     )
+    return images, texts
+
+
+def measure_pipeline(
+    model: StableDiffusion, n: int, guidance_scale: float, num_steps: int, seed: int
+) -> tuple[dict[str, float], np.ndarray, list[str]]:
+    """Return the share of right pictures of the held-out prompts, by task, with the pictures."""
+    prompts = load_prompts("shapes_heldout")[:n]
+    images, texts = draw(model, range(len(prompts)), 1, guidance_scale, num_steps, seed)
     passed = verify(images, texts).passed
     tasks = np.array([p.metadata["task"] for p in prompts])
     result = {task: float(passed[tasks == task].mean()) for task in TASKS if (tasks == task).any()}
@@ -94,19 +112,9 @@ def measure_places(
     model: StableDiffusion, guidance_scale: float, num_steps: int, seed: int, num_images: int = 4
 ) -> dict[str, float]:
     """Return what of the held-out prompts that state a place is drawn right, by part."""
-    prompts = enumerate(load_prompts("shapes_heldout"))
-    indices = np.array([i for i, p in prompts if p.metadata["task"] == "position"])
-    texts = [load_prompts("shapes_heldout")[i].text for i in indices for _ in range(num_images)]
-    images = generate(
-        model,
-        texts,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        prompt_index=np.repeat(indices, num_images).tolist(),
-        image_index=list(range(num_images)) * len(indices),
-        batch_size=64,
-    )
+    prompts = load_prompts("shapes_heldout")
+    indices = [i for i, p in enumerate(prompts) if p.metadata["task"] == "position"]
+    images, texts = draw(model, indices, num_images, guidance_scale, num_steps, seed)
     verdict = verify(images, texts)
     parts = verdict.parts
     objects = parts["shape"] & parts["color"] & parts["count"]
@@ -158,18 +166,9 @@ def measure_diversity(
     them right has less distance. Therefore also of the pairs that are both right, beside the
     distance of true scenes of the same prompts.
     """
-    texts = [p.text for p in load_prompts("shapes_heldout")[:n]]
-    repeated = [text for text in texts for _ in range(num_images)]
-    images = generate(
-        model,
-        repeated,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        prompt_index=np.repeat(np.arange(len(texts)), num_images).tolist(),
-        image_index=list(range(num_images)) * len(texts),
-        batch_size=64,
-    )
+    indices = range(min(n, len(load_prompts("shapes_heldout"))))
+    images, repeated = draw(model, indices, num_images, guidance_scale, num_steps, seed)
+    texts = repeated[::num_images]
     embedder = CLIPEmbedder.from_pretrained("diversity", clip, 64)
     first, second = np.triu_indices(num_images, 1)
 
