@@ -13,10 +13,16 @@ import pytest
 import scipy.stats
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.pretrained import StableDiffusion, load_clip
+from diffusion_grpo.pretrained import StableDiffusion, load_clip, load_tokenizer
+from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.resources import resource_path
 from diffusion_grpo.shapes.measure import true_scenes
-from diffusion_grpo.shapes.pretrain import UNetBatches, draw_timesteps
+from diffusion_grpo.shapes.training_batches import (
+    UNetBatches,
+    draw_timesteps,
+    states_a_place,
+    tokenize,
+)
 from diffusion_grpo.shapes.verify import verify
 
 
@@ -49,6 +55,14 @@ def test_scenes_that_state_a_place_have_their_share() -> None:
     np.testing.assert_array_equal(batch["ids"][captioned, 0], rows[captioned] + 1)
     np.testing.assert_array_equal(batches(7)["latents"], batch["latents"])
     assert (batches(8)["latents"] != batch["latents"]).any()
+
+
+def test_captions_that_state_a_place_are_told_by_their_tokens() -> None:
+    tokenizer = load_tokenizer(resource_path("assets", "shapes-clip"))
+    prompts = load_prompts("shapes_heldout")
+    stated = states_a_place(tokenizer, tokenize(tokenizer, [p.text for p in prompts]))
+    assert stated.tolist() == [p.metadata["task"] == "position" for p in prompts]
+    assert 0 < stated.mean() < 1
 
 
 def test_true_scenes_are_what_their_captions_say_and_differ() -> None:

@@ -154,33 +154,31 @@ def true_scenes(texts: Sequence[str], n: int, seed: int, rounds: int = 50) -> np
 def measure_diversity(
     model: StableDiffusion,
     clip: str,
-    n: int,
+    scenes: np.ndarray,
     guidance_scale: float,
     num_steps: int,
     seed: int,
-    num_images: int = 4,
 ) -> dict[str, float]:
     """Return mean pairwise CLIP distances within held-out prompts (as of `rewards/diversity.py`).
 
     Pictures that are wrong are far from those that are right, so that a model that draws more of
     them right has less distance. Therefore also of the pairs that are both right, beside the
-    distance of true scenes of the same prompts.
+    distance of true scenes of the same prompts: `scenes`, `[prompts, images, H, W, 3]`.
     """
-    indices = range(min(n, len(load_prompts("shapes_heldout"))))
-    images, repeated = draw(model, indices, num_images, guidance_scale, num_steps, seed)
-    texts = repeated[::num_images]
+    num_prompts, num_images = scenes.shape[:2]
+    images, texts = draw(model, range(num_prompts), num_images, guidance_scale, num_steps, seed)
     embedder = CLIPEmbedder.from_pretrained("diversity", clip, 64)
     first, second = np.triu_indices(num_images, 1)
 
     def distances(images: np.ndarray) -> np.ndarray:
         parts = np.array_split(images, -(-len(images) // 64))
         found = [np.asarray(embedder.images(jnp.asarray(x, jnp.float32) / 255)) for x in parts]
-        groups = np.concatenate(found).reshape(len(texts), num_images, -1)
+        groups = np.concatenate(found).reshape(num_prompts, num_images, -1)
         return 1 - (groups[:, first] * groups[:, second]).sum(axis=-1)
 
     drawn = distances(images)
-    true = distances(true_scenes(texts, num_images, seed).reshape(images.shape))
-    right = verify(images, repeated).passed.reshape(len(texts), num_images)
+    true = distances(scenes.reshape(images.shape))
+    right = verify(images, texts).passed.reshape(num_prompts, num_images)
     both = right[:, first] & right[:, second]
     some = both.any(axis=1)
     of_right = np.array([d[b].mean() for d, b in zip(drawn[some], both[some], strict=True)])
@@ -214,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "places": {},
         "diversity": {},
     }
+    prompts = [p.text for p in load_prompts("shapes_heldout")[: args.num_prompts]]
+    scenes = true_scenes(prompts, 4, args.seed)
     for scale in args.guidance:
         shares, images, texts = measure_pipeline(
             model, args.num_prompts, scale, args.num_steps, args.seed
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model, scale, args.num_steps, args.seed
         )
         report["diversity"][f"guidance {scale:g}"] = measure_diversity(
-            model, args.clip, args.num_prompts, scale, args.num_steps, args.seed
+            model, args.clip, scenes, scale, args.num_steps, args.seed
         )
         if args.grid:
             save_image(args.grid, image_grid(images[:48], texts[:48], columns=8))

@@ -12,7 +12,6 @@ Three stages, each resumable (run the same command again) and a function of the 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -37,11 +36,18 @@ from diffusion_grpo.pretrained import (
 from diffusion_grpo.resources import resource_path
 from diffusion_grpo.schedule import SchedulerConfig, add_noise, alphas_cumprod, velocity
 from diffusion_grpo.shapes import networks
-from diffusion_grpo.shapes.captions import captions, hard_negatives
 from diffusion_grpo.shapes.fit import FitConfig, batches, fit
 from diffusion_grpo.shapes.render import render
 from diffusion_grpo.shapes.scenes import IMAGE_SIZE, scene_batch
 from diffusion_grpo.shapes.tokenizer import write_tokenizer
+from diffusion_grpo.shapes.training_batches import (
+    ClipBatches,
+    Pictures,
+    UNetBatches,
+    draw_timesteps,
+    states_a_place,
+    tokenize,
+)
 from diffusion_grpo.tensor_files import read_safetensors
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -60,36 +66,6 @@ PREPROCESSOR = {
     "image_std": [float(s) for s in STD],
     "do_convert_rgb": True,
 }
-VOCABULARY_SEED = 7919  # keeps the scenes of one stage apart from another's at the same seed
-
-
-def tokenize(tokenizer: Any, texts: list[str]) -> np.ndarray:
-    """Return int32 ids `[n, TOKENS]`, padded to the model's length."""
-    out = tokenizer(texts, padding="max_length", max_length=networks.TOKENS, truncation=True)
-    return np.asarray(out["input_ids"], np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipBatches:
-    """Step → a batch of CLIP's training: pictures, true and false captions, what probes read."""
-
-    tokenizer: Any
-    seed: int
-    batch: int
-    negatives: int
-
-    def __call__(self, step: int) -> dict[str, Any]:
-        """Draw the scenes of a step and make its batch."""
-        scenes = scene_batch(self.seed, step, self.batch)
-        rng = np.random.default_rng([self.seed, step, VOCABULARY_SEED])
-        false = [c for row in hard_negatives(scenes, rng, self.negatives) for c in row]
-        false_ids = tokenize(self.tokenizer, false)
-        return {
-            "images": render(scenes),
-            "true_ids": tokenize(self.tokenizer, captions(scenes, rng)),
-            "false_ids": false_ids.reshape(self.batch, self.negatives, -1),
-            "targets": networks.probe_targets(scenes).tree(),
-        }
 
 
 def train_clip(
@@ -204,20 +180,6 @@ def _diffusers_config(name: str, config: Any) -> dict[str, Any]:
     return {"_class_name": name, "_diffusers_version": __version__} | asdict(config)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Step → pictures and captions of `batch` scenes."""
-
-    seed: int
-    batch: int
-
-    def __call__(self, step: int) -> tuple[np.ndarray, list[str]]:
-        """Draw and render the scenes of a step."""
-        scenes = scene_batch(self.seed, step, self.batch)
-        rng = np.random.default_rng([self.seed, step, VOCABULARY_SEED])
-        return render(scenes), captions(scenes, rng)
-
-
 def encode_scenes(
     vae: AutoencoderKL, seed: int, n: int, *, chunk: int = 256, workers: int = 0
 ) -> tuple[np.ndarray, list[str]]:
@@ -240,56 +202,6 @@ def load_vae(directory: Path) -> tuple[AutoencoderKL, float]:
     config = VAEConfig.from_dict(json.loads((directory / "config.json").read_text()))
     vae = load_tensors(AutoencoderKL, config, read_safetensors(directory), source=str(directory))
     return vae, config.scaling_factor
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetBatches:
-    """Step → latents and token ids of a batch, a tenth of them without their caption.
-
-    Attributes:
-        latents: float16 `[n, h, w, c]`, unscaled.
-        ids: int32 `[n, TOKENS]`.
-        placed: indices of the scenes whose captions state a place.
-        empty: the ids of no caption.
-        seed: with the step, decides the batch.
-        batch: scenes a step.
-        place_share: share of a batch that is drawn from `placed`; the rest from all.
-    """
-
-    latents: np.ndarray
-    ids: np.ndarray
-    placed: np.ndarray
-    empty: np.ndarray
-    seed: int
-    batch: int
-    place_share: float
-
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """Draw the batch of a step."""
-        rng = np.random.default_rng([self.seed, step])
-        rows = rng.integers(0, len(self.latents), self.batch)
-        unconditional = rng.random(self.batch) < 0.1
-        chosen = self.placed[rng.integers(0, len(self.placed), self.batch)]
-        rows = np.where(rng.random(self.batch) < self.place_share, chosen, rows)
-        ids = np.where(unconditional[:, None], self.empty[None], self.ids[rows])
-        return {"latents": self.latents[rows], "ids": ids}
-
-
-def draw_timesteps(key: jax.Array, n: int, early_share: float) -> jax.Array:
-    """Draw the timesteps of a batch.
-
-    Logit-normal (scale 1.1), where most is learned of what things look like; but `early_share` of
-    them uniform in the noisiest three tenths, where a sampler begins. (2500 steps more with half of
-    them there taught no more of places than without: docs/learning.md.)
-
-    Returns:
-        int32 `[n]` in [0, 1000).
-    """
-    middle_key, early_key, choice_key = jax.random.split(key, 3)
-    middle = 1000 * jax.nn.sigmoid(1.1 * jax.random.normal(middle_key, (n,)))
-    early = jax.random.randint(early_key, (n,), 700, 1000)
-    chosen = jax.random.uniform(choice_key, (n,)) < early_share
-    return jnp.where(chosen, early, middle.astype(jnp.int32).clip(0, 999))
 
 
 def train_unet(
@@ -325,11 +237,10 @@ def train_unet(
     schedule = SchedulerConfig.from_dict(networks.SCHEDULER)
     table = jnp.asarray(alphas_cumprod(schedule), jnp.float32)
 
-    places = tokenizer.convert_tokens_to_ids(["left</w>", "right</w>", "above</w>", "below</w>"])
     batch_fn = UNetBatches(
         latents,
         ids,
-        np.flatnonzero(np.isin(ids, places).any(axis=1)),
+        np.flatnonzero(states_a_place(tokenizer, ids)),
         tokenize(tokenizer, [""])[0],
         seed,
         batch,
