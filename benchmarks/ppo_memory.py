@@ -25,13 +25,14 @@ import numpy as np
 from flax import nnx
 
 from diffusion_grpo.conditioning import conditioning_shapes
+from diffusion_grpo.learning_sections import OptimConfig
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.optim import TrainState, make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.rollout import Trajectory
 from diffusion_grpo.schedule import SchedulerConfig, make_schedule
-from diffusion_grpo.sections import ModelConfig, OptimConfig
+from diffusion_grpo.sections import ModelConfig
 from diffusion_grpo.steps import plan_steps
 from diffusion_grpo.trajectories import UpdateBatch
 from diffusion_grpo.update import LossConfig, Pulls, Shares, compile_loss

@@ -26,6 +26,7 @@ from diffusion_grpo.errors import (
     UsageError,
     suggest,
 )
+from diffusion_grpo.refusals import refusals
 
 _T = TypeVar("_T")
 
@@ -208,19 +209,8 @@ def _serve_reward(words: list[str]) -> int:
 
 def _parse(kind: type[_T], words: list[str], prog: str) -> _T:
     """Parse options with tyro; what it refuses is a `UsageError`."""
-    import contextlib
-    import io
-
-    from diffusion_grpo.config import plain_text
-
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=words, prog=prog)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(plain_text(complaint.getvalue())) from None
+    with refusals():
+        return tyro.cli(kind, args=words, prog=prog)
 
 
 def _prepare_jax() -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Entry, Gallery
-from diffusion_grpo.images import (
+from diffusion_grpo.grids import (
     RIGHT,
     TEXT_SIZE,
     WRONG,

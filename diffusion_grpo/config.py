@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +13,15 @@ import yaml
 from diffusion_grpo.consistency import check_consistency
 from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.fields import Section, update_section
+from diffusion_grpo.learning_sections import GRPOOptions, NFTOptions, OptimConfig
+from diffusion_grpo.refusals import refusals
 from diffusion_grpo.reward_failure import parse_failure_policies
 from diffusion_grpo.reward_specs import RewardSpec, parse_reward_specs
 from diffusion_grpo.sections import (
     SHORT_FLAGS,
     EvalConfig,
-    GRPOOptions,
     MeshConfig,
     ModelConfig,
-    NFTOptions,
-    OptimConfig,
     PromptsConfig,
     RewardConfig,
     RolloutConfig,
@@ -48,7 +44,6 @@ __all__ = [
     "describe_preset",
     "from_dict",
     "load_config",
-    "plain_text",
     "to_yaml",
 ]
 
@@ -347,25 +342,14 @@ def _read_yaml(path: Path) -> Config:
 def _parse_flags(config: Config, flags: Sequence[str], prog: str) -> Config:
     """Lay command-line flags over a configuration; tyro's complaints become a `UsageError`."""
     _reject_unknown_flags(flags)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(
-                Config,
-                default=config,
-                args=list(flags),
-                prog=prog,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        cause: BaseException | None = stop
-        while cause is not None:  # a section's own refusal, without tyro's frame around it
-            if isinstance(cause, UsageError):
-                raise cause from None
-            cause = cause.__context__
-        raise UsageError(plain_text(complaint.getvalue())) from None
+    with refusals():
+        parsed = tyro.cli(
+            Config,
+            default=config,
+            args=list(flags),
+            prog=prog,
+            config=(tyro.conf.FlagConversionOff,),
+        )
     given = any(f.partition("=")[0].replace("_", "-") == "--prompts.heldout" for f in flags)
     return _drop_inherited(config, parsed, heldout_given=given)
 
@@ -404,11 +388,3 @@ def _reject_unknown_flags(flags: Sequence[str]) -> None:
             if not near and name.removeprefix("--") in last:  # --clip-low for --grpo.clip-low
                 near = f" (did you mean {last[name.removeprefix('--')]!r}?)"
             raise UsageError(f"unknown option {flag.partition('=')[0]!r}{near}; --help lists all")
-
-
-def plain_text(box: str) -> str:
-    """Return the text of tyro's framed message as one line, without its title and footer."""
-    text = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]|-{3,}", " ", box)
-    text = re.sub(r"\s+", " ", text).strip()
-    text = re.sub(r"\s*(Argument helptext:|For full helptext).*$", "", text)
-    return re.sub(r"^(Value error|Invalid choice|Missing argument|Unrecognized options) ", "", text)

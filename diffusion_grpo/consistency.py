@@ -6,7 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.sections import GRPOOptions, RolloutConfig
+from diffusion_grpo.learning_sections import GRPOOptions
+from diffusion_grpo.sections import RolloutConfig
 
 if TYPE_CHECKING:
     from diffusion_grpo.config import Config

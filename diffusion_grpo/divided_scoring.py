@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -69,14 +68,9 @@ class DividedScoring:
         self._scoring.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Let go of the threads."""
-        self._scoring.__exit__(kind, error, trace)
+        self._scoring.__exit__(*error)
 
     def add(self, images: Any) -> None:
         """Take this process's next images (`own_rows`); see `Scoring.add`."""

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from diffusion_grpo.learning_sections import OptimConfig
 from diffusion_grpo.mesh import Place, replicated, resident
-from diffusion_grpo.sections import OptimConfig
 
 
 class TrainState(NamedTuple):

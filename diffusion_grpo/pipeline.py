@@ -210,7 +210,7 @@ def generate(
         prompts: B texts.
         num_steps: T.
         guidance_scale: s.
-        sampler: one of `samplers.SAMPLERS`.
+        sampler: one of `sampling.SAMPLERS`.
         eta: η of DDIM; 0 is deterministic.
         negative_prompt: text of the unconditional half.
         clip_skip: layers of the text encoders to skip; see `encode_prompts`.

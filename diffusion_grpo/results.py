@@ -16,7 +16,8 @@ from diffusion_grpo.advantages import uninformative_groups
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation, standard_error
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
-from diffusion_grpo.images import before_after_grid, image_grid, save_image
+from diffusion_grpo.grids import before_after_grid, image_grid
+from diffusion_grpo.images import save_image
 from diffusion_grpo.lora import lora_factors, merge_lora
 from diffusion_grpo.lora_files import FILE, write_lora
 from diffusion_grpo.mesh import alone, to_host

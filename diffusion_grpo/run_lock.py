@@ -6,7 +6,6 @@ import fcntl
 import os
 import socket
 from pathlib import Path
-from types import TracebackType
 
 from diffusion_grpo.errors import UsageError
 
@@ -51,12 +50,7 @@ class RunLock:
         """Return the lock itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let go of it."""
         if self._descriptor is not None:
             os.close(self._descriptor)

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.faults import check_present
 from diffusion_grpo.gallery import ROLLOUT_TILE, reduced
-from diffusion_grpo.images import image_grid, save_image
+from diffusion_grpo.grids import image_grid
+from diffusion_grpo.images import save_image
 from diffusion_grpo.mesh import own_rows
 from diffusion_grpo.metrics import MetricsLog, Progress
 from diffusion_grpo.recorder import Recorder
@@ -73,14 +73,9 @@ class RunOutput:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Close them."""
-        self._stack.__exit__(kind, error, trace)
+        self._stack.__exit__(*error)
 
     def message(self, text: str) -> None:
         """Say a line."""

@@ -12,15 +12,16 @@ computed in float64; timesteps and noise levels are those of the Diffusers sched
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.rollout import Denoiser, initial_noise
+from diffusion_grpo.sampling import check_sampler
 from diffusion_grpo.schedule import epsilon_x0, make_schedule
 from diffusion_grpo.scheduler_config import (
     PredictionType,
@@ -28,9 +29,6 @@ from diffusion_grpo.scheduler_config import (
     alphas_cumprod,
     spaced_timesteps,
 )
-
-Sampler = Literal["ddim", "ddpm", "dpm++", "euler"]
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +84,7 @@ def make_solver(
 
     Args:
         config: the checkpoint's noise schedule.
-        sampler: one of `SAMPLERS`.
+        sampler: one of `sampling.SAMPLERS`.
         num_steps: T.
         eta: η of `ddim`; the others take none.
 
@@ -96,13 +94,7 @@ def make_solver(
     Raises:
         UsageError: no such sampler, an η for a sampler without one, T out of range.
     """
-    if sampler not in SAMPLERS:
-        raise UsageError(
-            f"sampler {sampler!r}{suggest(sampler, SAMPLERS)}; expected one of "
-            f"{', '.join(SAMPLERS)}"
-        )
-    if eta and sampler != "ddim":
-        raise UsageError(f"eta is {eta}, which only the sampler ddim has; {sampler} takes none")
+    check_sampler(sampler, eta)
     if sampler == "ddim":
         return _ddim(config, num_steps, eta)
     if sampler == "ddpm":

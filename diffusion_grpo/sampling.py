@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
-from diffusion_grpo.errors import UsageError
+from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.fields import Section, update_section
 
 FILE = "diffusion_grpo.json"
+
+Sampler = Literal["ddim", "ddpm", "dpm++", "euler"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,17 @@ class SamplingDefaults(Section):
         super().__post_init__()
         self.require_non_negative("guidance_scale", "clip_skip")
         self.require_positive("num_steps")
+
+
+def check_sampler(sampler: str, eta: float) -> None:
+    """Raise a `UsageError` for a sampler that does not exist, or an η that it does not take."""
+    if sampler not in SAMPLERS:
+        raise UsageError(
+            f"sampler is {sampler!r}{suggest(sampler, SAMPLERS)}; expected one of "
+            f"{', '.join(SAMPLERS)}"
+        )
+    if eta and sampler != "ddim":
+        raise UsageError(f"eta is {eta}, which only the sampler ddim has; {sampler} takes none")
 
 
 def write_sampling(directory: Path, sampling: SamplingDefaults) -> None:

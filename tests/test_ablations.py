@@ -1,18 +1,14 @@
 """The script of the ablations: its variants are runs, and its table is that of their files."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 from diffusion_grpo.config import PRESETS, load_config
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "ablations.py"
-_spec = importlib.util.spec_from_file_location("ablations", SCRIPT)
-assert _spec is not None and _spec.loader is not None
-ablations = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ablations)
+ablations = load_script("ablations")
 
 
 @pytest.mark.parametrize("variant", ablations.VARIANTS)

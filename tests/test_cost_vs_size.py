@@ -1,17 +1,11 @@
 """The script that measures how an iteration's cost grows: its fit, its table, its runs' flags."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from scripts import load_script
 
 from diffusion_grpo.config import load_config
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cost_vs_size.py"
-_spec = importlib.util.spec_from_file_location("cost_vs_size", SCRIPT)
-assert _spec is not None and _spec.loader is not None
-cost_vs_size = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cost_vs_size)
+cost_vs_size = load_script("cost_vs_size")
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 1.7])

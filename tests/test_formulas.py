@@ -32,6 +32,7 @@ from diffusion_grpo.grpo import (
     masked_surrogate,
     scaled_clip,
 )
+from diffusion_grpo.learning_sections import OptimConfig
 from diffusion_grpo.nft import nft_losses
 from diffusion_grpo.optim import learning_rate
 from diffusion_grpo.schedule import (
@@ -40,7 +41,6 @@ from diffusion_grpo.schedule import (
     step_distribution,
     step_sensitivity,
 )
-from diffusion_grpo.sections import OptimConfig
 from diffusion_grpo.steps import clip_scale, step_weights
 from diffusion_grpo.trajectories import step_kl
 

@@ -1,20 +1,15 @@
 """The script that measures how much of a gradient is signal: its estimate, and a real call."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import load_script
 from tiny_run import flags
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gradient_noise.py"
-_spec = importlib.util.spec_from_file_location("gradient_noise", SCRIPT)
-assert _spec is not None and _spec.loader is not None
-gradient_noise = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gradient_noise)
+gradient_noise = load_script("gradient_noise")
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 2.0])
@@ -52,7 +47,9 @@ def test_it_measures_a_run_s_configuration(algorithm, tmp_path, monkeypatch, cap
         grpo__best_and_worst=None,
         reward__rewards="brightness",
     )
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "demo", "--gradients", "2", "--json", *words])
+    monkeypatch.setattr(
+        sys, "argv", ["gradient_noise.py", "demo", "--gradients", "2", "--json", *words]
+    )
     gradient_noise.main()
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 8 and found["gradients"] == 2 and found["seconds"] > 0

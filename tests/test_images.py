@@ -5,14 +5,8 @@ import pytest
 from PIL import Image
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.images import (
-    before_after_grid,
-    check_image_path,
-    image_grid,
-    save_animation,
-    save_image,
-    to_uint8,
-)
+from diffusion_grpo.grids import before_after_grid, image_grid
+from diffusion_grpo.images import check_image_path, save_animation, save_image, to_uint8
 
 
 def noise(count: int, height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:

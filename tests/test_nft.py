@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from schedulers import scheduler
 
 from diffusion_grpo.nft import (
     NFTBatch,
@@ -16,17 +17,9 @@ from diffusion_grpo.nft import (
     nft_losses,
 )
 from diffusion_grpo.rollout import image_keys, initial_noise
-from diffusion_grpo.schedule import SchedulerConfig, add_noise, alphas_cumprod, make_schedule
+from diffusion_grpo.schedule import add_noise, alphas_cumprod, make_schedule
 
-SCHEDULER = SchedulerConfig(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    prediction_type="v_prediction",
-    timestep_spacing="trailing",
-    set_alpha_to_one=False,
-    clip_sample=False,
-)
+SCHEDULER = scheduler()
 ABAR = alphas_cumprod(SCHEDULER)
 STEPS = make_schedule(SCHEDULER, 5, eta=0.0).timesteps
 SHAPE, SPREAD, CENTER = (4, 4, 1), 0.7, 0.3

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
+from diffusion_grpo.learning_sections import OptimConfig
 from diffusion_grpo.optim import TrainState, learning_rate, make_optimizer, make_update
-from diffusion_grpo.sections import OptimConfig
 
 START = {
     "kernel": np.random.default_rng(0).normal(size=(130, 140)).astype(np.float32),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusion_grpo.config import Config, EvalConfig, PromptsConfig
 from diffusion_grpo.evaluate import Evaluation, describe_list
-from diffusion_grpo.images import before_after_grid
+from diffusion_grpo.grids import before_after_grid
 from diffusion_grpo.results import describe, save_results
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import as_users_compile
+from schedulers import scheduler
 
 from diffusion_grpo.rollout import (
     Purpose,
@@ -20,18 +21,10 @@ from diffusion_grpo.rollout import (
     sample_final,
     trajectory_log_probs,
 )
-from diffusion_grpo.schedule import SchedulerConfig, gaussian_log_prob, make_schedule
+from diffusion_grpo.schedule import gaussian_log_prob, make_schedule
 
 STEPS, BATCH, SHAPE = 6, 3, (8, 8, 4)
-CONFIG = SchedulerConfig(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    prediction_type="v_prediction",
-    timestep_spacing="trailing",
-    set_alpha_to_one=False,
-    clip_sample=False,
-)
+CONFIG = scheduler()
 
 
 class TinyUNet(nnx.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from schedulers import scheduler
 from scipy.stats import norm
 
 from diffusion_grpo.errors import UsageError
@@ -26,19 +27,6 @@ from diffusion_grpo.schedule import (
 from diffusion_grpo.steps import step_weights
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-def config(**options) -> SchedulerConfig:
-    defaults = dict(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        set_alpha_to_one=False,
-        clip_sample=False,
-    )
-    return SchedulerConfig(**{**defaults, **options})
 
 
 def latents(seed: int, scale: float = 1.0) -> np.ndarray:
@@ -67,7 +55,7 @@ def derive(options: SchedulerConfig, num_steps: int, i: int, eta: float, x, outp
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_step_and_log_prob_equal_a_float64_derivation(prediction, eta):
-    options = config(prediction_type=prediction)
+    options = scheduler(prediction_type=prediction)
     schedule = make_schedule(options, 10, eta=eta)
     for i in range(9):  # the last step's σ holds 1 − ᾱ₀, which float32 tables know to 1e-5 only
         x, output, noise = latents(i), latents(50 + i), latents(90 + i)
@@ -86,18 +74,18 @@ def test_step_and_log_prob_equal_a_float64_derivation(prediction, eta):
 
 
 def test_standard_deviation_of_draws_is_sigma():
-    schedule = make_schedule(config(), 10, eta=1.0)
+    schedule = make_schedule(scheduler(), 10, eta=1.0)
     x = jnp.zeros((1, 100, 100, 4))
     mean, std = step_distribution(schedule, 4, x, x + 0.3)
     drawn = mean + std * jax.random.normal(jax.random.key(0), x.shape)
-    abar = alphas_cumprod(config())
+    abar = alphas_cumprod(scheduler())
     posterior = (1 - abar[499]) / (1 - abar[599]) * (1 - abar[599] / abar[499])
     np.testing.assert_allclose(drawn.std(), math.sqrt(posterior), rtol=0.02)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_the_forward_process_and_its_velocity_are_those_of_the_roots_in_float64(on_device):
-    table = alphas_cumprod(config())
+    table = alphas_cumprod(scheduler())
     x0, noise, t = latents(0), latents(1), np.array([0, 400, 999])
     signal, scale = (np.sqrt(part)[t, None, None, None] for part in (table, 1 - table))
     given = jnp.asarray(table, jnp.float32) if on_device else table
@@ -114,7 +102,7 @@ def test_the_forward_process_and_its_velocity_are_those_of_the_roots_in_float64(
 
 def test_ancestral_step_is_the_ddpm_posterior():
     # η = 1 over every timestep: μ = √ᾱ_s β/(1−ᾱ_t) x₀ + √α (1−ᾱ_s)/(1−ᾱ_t) x_t (Ho et al., eq. 7).
-    options = config(prediction_type="sample", num_train_timesteps=20, beta_end=0.3)
+    options = scheduler(prediction_type="sample", num_train_timesteps=20, beta_end=0.3)
     schedule = make_schedule(options, 20, eta=1.0)
     abar = alphas_cumprod(options)
     x, x0 = latents(0), latents(1)
@@ -129,7 +117,7 @@ def test_ancestral_step_is_the_ddpm_posterior():
 
 def test_a_perfect_prediction_keeps_the_marginal():
     # With the true ε, x_s of a deterministic step is exactly the forward process at s.
-    options = config(prediction_type="epsilon")
+    options = scheduler(prediction_type="epsilon")
     schedule = make_schedule(options, 10, eta=0.0)
     abar = alphas_cumprod(options)
     x0, noise = latents(0), latents(1)
@@ -142,7 +130,7 @@ def test_a_perfect_prediction_keeps_the_marginal():
 
 
 def test_step_is_float32_whatever_the_inputs():
-    schedule = make_schedule(config(), 10, eta=1.0)
+    schedule = make_schedule(scheduler(), 10, eta=1.0)
     x, output = latents(0), latents(1)
     half = [jnp.asarray(value, jnp.bfloat16) for value in (x, output)]
     mean, std = step_distribution(schedule, 2, *half)
@@ -152,7 +140,7 @@ def test_step_is_float32_whatever_the_inputs():
 
 
 def test_one_step_index_an_image_equals_one_image_at_a_time():
-    schedule = make_schedule(config(), 10, eta=1.0)
+    schedule = make_schedule(scheduler(), 10, eta=1.0)
     x, output, z = (jnp.asarray(latents(seed)) for seed in range(3))
     index = jnp.array([7, 0, 9])
     means, stds = step_distribution(schedule, index, x, output)
@@ -197,25 +185,25 @@ def test_a_deterministic_step_has_no_density_and_no_gradient(function, reduction
 
 
 def test_sensitivity_over_ten_steps():
-    schedule = make_schedule(config(), 10, eta=1.0)
+    schedule = make_schedule(scheduler(), 10, eta=1.0)
     expected = [0.10, 0.15, 0.22, 0.31, 0.40, 0.51, 0.64, 0.82, 1.16, 11.0]
     np.testing.assert_allclose(step_sensitivity(schedule), expected, atol=0.05)
 
 
 def test_a_step_without_noise_has_no_sensitivity():
-    schedule = make_schedule(config(), 4, eta=1.0, stochastic_steps=[True, False, True, False])
+    schedule = make_schedule(scheduler(), 4, eta=1.0, stochastic_steps=[True, False, True, False])
     assert (np.asarray(step_sensitivity(schedule)) > 0).tolist() == [True, False, True, False]
     assert not np.asarray(step_sensitivity(schedule))[[1, 3]].any()
 
 
 def test_a_schedule_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        make_schedule(config(), 2, eta=1.0).std = jnp.zeros(2)  # pyright: ignore[reportAttributeAccessIssue]
+        make_schedule(scheduler(), 2, eta=1.0).std = jnp.zeros(2)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_sensitivity_equals_a_finite_difference(prediction):
-    options = config(prediction_type=prediction)
+    options = scheduler(prediction_type=prediction)
     sensitivity = step_sensitivity(make_schedule(options, 10, eta=0.7))
     for i in range(9):
         low, sigma = derive(options, 10, i, 0.7, np.array([0.4]), np.array([0.2]))
@@ -225,13 +213,13 @@ def test_sensitivity_equals_a_finite_difference(prediction):
 
 def test_uniform_weights_are_one_on_stochastic_steps():
     mask = [False, True, True, False, True]
-    schedule = make_schedule(config(), 5, eta=1.0, stochastic_steps=mask)
+    schedule = make_schedule(scheduler(), 5, eta=1.0, stochastic_steps=mask)
     np.testing.assert_array_equal(step_weights(schedule, "uniform"), np.asarray(mask, np.float32))
 
 
 def test_gain_weights_level_the_steps_and_drop_the_last_stochastic_one():
     mask = [False, True, True, True, False]
-    schedule = make_schedule(config(), 5, eta=1.0, stochastic_steps=mask)
+    schedule = make_schedule(scheduler(), 5, eta=1.0, stochastic_steps=mask)
     weights = np.asarray(step_weights(schedule, "gain"))
     sensitivity = np.asarray(step_sensitivity(schedule))
     assert weights[[0, 3, 4]].tolist() == [0, 0, 0]
@@ -241,16 +229,16 @@ def test_gain_weights_level_the_steps_and_drop_the_last_stochastic_one():
 
 
 def test_gain_weights_need_two_stochastic_steps():
-    schedule = make_schedule(config(), 3, eta=1.0, stochastic_steps=[False, True, False])
+    schedule = make_schedule(scheduler(), 3, eta=1.0, stochastic_steps=[False, True, False])
     with pytest.raises(UsageError, match="gain"):
         step_weights(schedule, "gain")
 
 
 def test_steps_outside_the_window_are_those_of_a_deterministic_schedule():
     mask = [True, False, True, False]
-    mixed = make_schedule(config(), 4, eta=1.0, stochastic_steps=mask)
+    mixed = make_schedule(scheduler(), 4, eta=1.0, stochastic_steps=mask)
     for i, stochastic in enumerate(mask):
-        pure = make_schedule(config(), 4, eta=1.0 if stochastic else 0.0)
+        pure = make_schedule(scheduler(), 4, eta=1.0 if stochastic else 0.0)
         x, output = jnp.asarray(latents(0)), jnp.asarray(latents(1))
         for ours, theirs in zip(
             step_distribution(mixed, i, x, output),
@@ -261,15 +249,15 @@ def test_steps_outside_the_window_are_those_of_a_deterministic_schedule():
 
 
 def test_last_step_is_deterministic_exactly_where_alpha_is_set_to_one():
-    assert make_schedule(config(set_alpha_to_one=True), 10, eta=1.0).stochastic.tolist() == (
+    assert make_schedule(scheduler(set_alpha_to_one=True), 10, eta=1.0).stochastic.tolist() == (
         [True] * 9 + [False]
     )
-    assert make_schedule(config(), 10, eta=1.0).stochastic.all()
+    assert make_schedule(scheduler(), 10, eta=1.0).stochastic.all()
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_zero_terminal_snr_is_finite(prediction):
-    options = config(prediction_type=prediction, rescale_betas_zero_snr=True)
+    options = scheduler(prediction_type=prediction, rescale_betas_zero_snr=True)
     schedule = make_schedule(options, 10, eta=1.0)
     assert schedule.signal_scale[0] == 0
     for leaf in jax.tree.leaves(schedule):
@@ -280,7 +268,7 @@ def test_zero_terminal_snr_is_finite(prediction):
 
 @pytest.mark.parametrize("num_steps", [61, 103, 499, 999])
 def test_trailing_spacing_never_has_a_step_too_many(num_steps):
-    timesteps = spaced_timesteps(config(), num_steps)
+    timesteps = spaced_timesteps(scheduler(), num_steps)
     assert len(timesteps) == num_steps
     assert timesteps.min() >= 0
     assert (np.diff(timesteps) < 0).all()
@@ -295,7 +283,7 @@ def test_schedule_is_a_pytree_and_jit_reuses_its_program_for_another_window():
         return schedule.std[0]
 
     for first in (True, False):
-        schedule = make_schedule(config(), 3, eta=1.0, stochastic_steps=[first, True, True])
+        schedule = make_schedule(scheduler(), 3, eta=1.0, stochastic_steps=[first, True, True])
         assert (first_std(schedule) > 0) == first
     assert len(traces) == 1
     shapes = jax.eval_shape(lambda schedule: schedule, schedule)
@@ -375,30 +363,30 @@ def test_an_unusable_config_names_the_field(wrong, message):
 )
 def test_an_impossible_schedule_is_refused(options, num_steps, arguments, message):
     with pytest.raises(UsageError, match=message):
-        make_schedule(config(**options), num_steps, **arguments)
+        make_schedule(scheduler(**options), num_steps, **arguments)
 
 
 @pytest.mark.parametrize("noisy", [range(10), range(3, 7)])
 def test_the_largest_eta_named_in_the_refusal_is_accepted(noisy):
     mask = [step in noisy for step in range(10)]
     with pytest.raises(UsageError) as refusal:
-        make_schedule(config(), 10, eta=5.0, stochastic_steps=mask)
+        make_schedule(scheduler(), 10, eta=5.0, stochastic_steps=mask)
     limit = float(str(refusal.value).split()[-1].rstrip("."))
     assert limit > 1
-    make_schedule(config(), 10, eta=limit * 0.999, stochastic_steps=mask)
+    make_schedule(scheduler(), 10, eta=limit * 0.999, stochastic_steps=mask)
     with pytest.raises(UsageError):
-        make_schedule(config(), 10, eta=limit * 1.001, stochastic_steps=mask)
+        make_schedule(scheduler(), 10, eta=limit * 1.001, stochastic_steps=mask)
 
 
 def test_at_the_largest_eta_rounding_leaves_no_direction_without_a_number():
-    table, below = alphas_cumprod(config()), 0
+    table, below = alphas_cumprod(scheduler()), 0
     for num_steps in (2, 3, 4, 5, 8, 10, 20, 25, 40, 50):
-        t = spaced_timesteps(config(), num_steps)
+        t = spaced_timesteps(scheduler(), num_steps)
         previous = t - 1000 // num_steps
         a, s = table[t], np.where(previous >= 0, table[np.maximum(previous, 0)], table[0])
         unit = (1 - s) / (1 - a) * (1 - a / s)
         eta = np.sqrt(np.min((1 - s) / unit))  # where nothing is left beside the noise
         below += np.min(1 - s - eta**2 * unit) < 0
-        schedule = make_schedule(config(), num_steps, eta=float(eta))
+        schedule = make_schedule(scheduler(), num_steps, eta=float(eta))
         assert np.isfinite(schedule.direction_scale).all()
     assert below  # some remainder was rounded to less than nothing

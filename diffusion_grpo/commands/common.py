@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import tyro
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.prompts import Prompt, load_prompts
+from diffusion_grpo.refusals import refusals
 
 Options = TypeVar("Options")
 
@@ -107,23 +107,22 @@ def parse(kind: type[Options], words: Sequence[str], prog: str) -> Options:
         UsageError: what tyro refuses.
         SystemExit: with code 0, after `--help`.
     """
-    from diffusion_grpo.config import plain_text
+    with refusals():
+        return tyro.cli(kind, args=list(words), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
 
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                kind, args=list(words), prog=prog, config=(tyro.conf.FlagCreatePairsOff,)
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        cause: BaseException | None = stop
-        while cause is not None:  # an option's own refusal, without tyro's frame around it
-            if isinstance(cause, UsageError):
-                raise cause from None
-            cause = cause.__context__
-        raise UsageError(plain_text(complaint.getvalue())) from None
+
+def check_counts(options: Any, *names: str) -> None:
+    """Raise a `UsageError` for an option that is given and below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; expected 1 or more")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a `UsageError` for a compute dtype that does not exist."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"dtype is {dtype!r}; expected float32 or bfloat16")
 
 
 def read_prompts(

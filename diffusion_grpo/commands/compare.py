@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from diffusion_grpo.commands.common import Talk, parse, read_prompts
+from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
 from diffusion_grpo.commands.models import find_model, label, reward_options
-from diffusion_grpo.commands.sample import check_dtype, check_sampler
 from diffusion_grpo.comparison import comparison_grid, time_lapse_frames, time_lapse_strip
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
-from diffusion_grpo.images import TEXT_SIZE, check_image_path, save_animation, save_image
-from diffusion_grpo.sampling import SamplingDefaults
+from diffusion_grpo.grids import TEXT_SIZE
+from diffusion_grpo.images import check_image_path, save_animation, save_image
+from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,7 @@ class CompareOptions:
 def run(words: Sequence[str]) -> list[Path]:
     """Draw and write; returns what was written."""
     options = parse(CompareOptions, words, "diffusion-grpo compare")
-    for name in ("num_prompts", "num_images", "font_size", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name} is {getattr(options, name)}; expected 1 or more")
+    check_counts(options, "num_prompts", "num_images", "font_size", "batch_size")
     if options.strip is not None or options.animation is not None:
         return _time_lapse(options)
     return _side_by_side(options)

@@ -10,11 +10,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from diffusion_grpo.commands.common import Talk, check_output, parse, read_prompts
+from diffusion_grpo.commands.common import (
+    Talk,
+    check_counts,
+    check_dtype,
+    check_output,
+    parse,
+    read_prompts,
+)
 from diffusion_grpo.commands.models import find_model, reward_options
-from diffusion_grpo.commands.sample import check_dtype, check_sampler
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.sampling import SamplingDefaults
+from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +71,7 @@ class EvaluateOptions:
 def run(words: Sequence[str]) -> list[Path]:
     """Evaluate and write; returns what was written."""
     options = parse(EvaluateOptions, words, "diffusion-grpo evaluate")
-    for name in ("num_prompts", "num_images", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name} is {getattr(options, name)}; expected 1 or more")
+    check_counts(options, "num_prompts", "num_images", "batch_size")
     if not options.samplers:
         raise UsageError("samplers is empty; expected one or more, such as ddim")
     for sampler in options.samplers:

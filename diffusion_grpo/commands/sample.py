@@ -12,20 +12,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from diffusion_grpo.commands.common import Talk, parse, read_prompts
+from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
 from diffusion_grpo.commands.models import find_model
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.images import (
-    TEXT_SIZE,
-    check_image_path,
-    image_grid,
-    save_animation,
-    save_image,
-    to_image,
-)
-from diffusion_grpo.sampling import SamplingDefaults
-
-SAMPLERS = ("ddim", "ddpm", "dpm++", "euler")  # samplers.SAMPLERS, which needs JAX
+from diffusion_grpo.grids import TEXT_SIZE, image_grid
+from diffusion_grpo.images import check_image_path, save_animation, save_image, to_image
+from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +85,7 @@ class SampleOptions:
         Raises:
             UsageError: an option that is out of bounds.
         """
-        for name in ("num_images", "batch_size", "num_prompts", "columns", "cell_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected 1 or more")
+        check_counts(self, "num_images", "batch_size", "num_prompts", "columns", "cell_size")
         if self.font_size < 0:
             raise UsageError(f"font_size is {self.font_size}; expected 0 or more")
         check_sampler(self.sampler, self.eta)
@@ -129,25 +118,6 @@ def _adapter(word: str) -> tuple[Path, float]:
             f"lora {str(path)!r} does not exist; expected a file or a folder of an adapter"
         )
     return path, weight
-
-
-def check_sampler(sampler: str, eta: float) -> None:
-    """Raise a `UsageError` for a sampler that does not exist, or an η that it does not take."""
-    from diffusion_grpo.errors import suggest
-
-    if sampler not in SAMPLERS:
-        raise UsageError(
-            f"sampler is {sampler!r}{suggest(sampler, SAMPLERS)}; expected one of "
-            f"{', '.join(SAMPLERS)}"
-        )
-    if eta and sampler != "ddim":
-        raise UsageError(f"eta is {eta}, which only the sampler ddim takes")
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise a `UsageError` for a compute dtype that does not exist."""
-    if dtype not in ("float32", "bfloat16"):
-        raise UsageError(f"dtype is {dtype!r}; expected float32 or bfloat16")
 
 
 def run(words: Sequence[str]) -> list[Path]:

@@ -22,7 +22,8 @@ import numpy as np
 
 from diffusion_grpo.clip_embedding import CLIPEmbedder
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.images import image_grid, save_image
+from diffusion_grpo.grids import image_grid
+from diffusion_grpo.images import save_image
 from diffusion_grpo.pipeline import generate, make_decoder
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.prompts import load_prompts

@@ -12,7 +12,8 @@ from diffusers.schedulers import scheduling_ddpm
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.rollout import initial_noise
-from diffusion_grpo.samplers import SAMPLERS, make_solver, solve
+from diffusion_grpo.samplers import make_solver, solve
+from diffusion_grpo.sampling import SAMPLERS
 from diffusion_grpo.scheduler_config import SchedulerConfig
 
 diffusers = importlib.import_module("diffusers")
