@@ -11,6 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
+from diffusion_grpo import http_json
+from diffusion_grpo.http_json import request
+from diffusion_grpo.reward import wrap_reward
 from diffusion_grpo.reward_server import RewardService, make_app
 
 
@@ -72,3 +77,31 @@ def answering(handle: Callable[[str, bytes, Any], Any]) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def pictures(count: int = 4, height: int = 8, width: int = 12) -> np.ndarray:
+    shape = (count, height, width, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def mean(images: Any, prompts: Any, metadata: Any) -> np.ndarray:
+    """A score that depends on every pixel, the prompt and the metadata."""
+    extra = [len(p) + m.get("k", 0) for p, m in zip(prompts, metadata, strict=True)]
+    return images.mean(axis=(1, 2, 3)) + extra
+
+
+def service(function: Any = mean, name: str = "mean", **options: Any) -> RewardService:
+    return RewardService(wrap_reward(function, name=name), **options)
+
+
+def post(url: str, body: Any, token: str = "") -> tuple[int, str]:
+    """Post to a server; returns the status and what it said."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        return 200, request(f"{url}/v1/score", data, token=token).decode()
+    except http_json.RequestFailed as failure:
+        status, _, said = str(failure).partition(": ")
+        return int(status.removeprefix("status ")), said
+
+
+# --- Server and client together -------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reward_servers import answering, serving
+from reward_servers import answering, mean, pictures, post, service, serving
 
 from diffusion_grpo import http_json
 from diffusion_grpo.errors import UsageError
@@ -19,7 +19,6 @@ from diffusion_grpo.reward import (
     RewardSet,
     of_group,
     parse_reward_specs,
-    wrap_reward,
 )
 from diffusion_grpo.reward_protocol import (
     Limits,
@@ -29,24 +28,8 @@ from diffusion_grpo.reward_protocol import (
     decode_scores,
     encode_request,
 )
-from diffusion_grpo.reward_server import RewardService
 
 INFO = {"name": "mean", "of_group": False, "batch_size": 4}
-
-
-def pictures(count: int = 4, height: int = 8, width: int = 12) -> np.ndarray:
-    shape = (count, height, width, 3)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def mean(images: Any, prompts: Any, metadata: Any) -> np.ndarray:
-    """A score that depends on every pixel, the prompt and the metadata."""
-    extra = [len(p) + m.get("k", 0) for p, m in zip(prompts, metadata, strict=True)]
-    return images.mean(axis=(1, 2, 3)) + extra
-
-
-def service(function: Any = mean, name: str = "mean", **options: Any) -> RewardService:
-    return RewardService(wrap_reward(function, name=name), **options)
 
 
 def rewards(url: str, **options: Any) -> RewardSet:
@@ -61,19 +44,6 @@ def no_pauses(monkeypatch) -> list[float]:
     pauses: list[float] = []
     monkeypatch.setattr(http_json, "pause", pauses.append)
     return pauses
-
-
-def post(url: str, body: Any, token: str = "") -> tuple[int, str]:
-    """Post to a server; returns the status and what it said."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        return 200, request(f"{url}/v1/score", data, token=token).decode()
-    except http_json.RequestFailed as failure:
-        status, _, said = str(failure).partition(": ")
-        return int(status.removeprefix("status ")), said
-
-
-# --- Server and client together -------------------------------------------------------------------
 
 
 def test_scores_come_back_exactly_as_the_reward_gave_them() -> None:
