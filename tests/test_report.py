@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 from recorded_run import HOSTILE, record_run
 
+from diffusion_grpo import report
 from diffusion_grpo.commands.view import make_server
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
@@ -106,6 +107,19 @@ def test_swipe_begins_with_the_prompt_that_gained_most(opened, run_dir):
     total = [np.asarray(entry.scores["total"]) for entry in (entries[0], entries[-1])]
     most = int(np.argmax(total[1] - total[0]))
     assert opened().locator("#swipe-prompt").input_value() == str(most)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [(0.58, 0.6284, "0.580 → 0.628"), (-0.5, 12.0, "-0.500 → 12.0"), (3456.7, 0, "3457 → 0.000")],
+)
+def test_held_out_means_keep_their_zeros(before, after, shown, opened, run_dir, monkeypatch):
+    data = report_data([run_dir])
+    evaluations = data["runs"][0]["evaluations"]
+    for entry, value in ((evaluations[0], before), (evaluations[-1], after)):
+        entry["scores"]["clip"] = [value] * len(entry["scores"]["clip"])
+    monkeypatch.setattr(report, "report_data", lambda *_, **__: data)
+    assert shown in opened().locator("#summary").inner_text()
 
 
 def test_table_is_sorted_and_filtered(opened, run_dir):

@@ -21,6 +21,9 @@ function el(tag, attributes, ...children) {
 }
 const number = (x, digits = 4) => x === null || x === undefined || Number.isNaN(x) ? "–"
   : Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3) ? (+x.toPrecision(3)).toExponential() : String(+x.toPrecision(digits));
+// A mean beside another one, with the zeros that say how precise it is: 0.580 → 0.628.
+const precise = (x, digits = 3) => x === null || x === undefined || Number.isNaN(x) || Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3)
+  ? number(x, digits) : x.toFixed(Math.max(0, digits - (Math.abs(x) >= 1 ? Math.floor(Math.log10(Math.abs(x))) + 1 : 0)));
 const signed = (x) => x === null || Number.isNaN(x) ? "–" : (x > 0 ? "+" : x < 0 ? "−" : "") + number(Math.abs(x), 3);
 const tone = (x) => x > 0 ? "good" : x < 0 ? "bad" : "";
 const run = () => data.runs[state.run];
@@ -93,8 +96,8 @@ function summary() {
     for (const name of scoreNames(r)) {
       const before = mean(first.scores[name]), after = mean(last.scores[name]);
       const won = last.summary?.against_base?.[name];
-      card(`${name}, held out${r.gold.includes(name) ? " (gold)" : ""}`, first === last ? number(before)
-        : `${number(before, 3)} → ${number(after, 3)}`, first === last ? "before training"
+      card(`${name}, held out${r.gold.includes(name) ? " (gold)" : ""}`, first === last ? precise(before)
+        : `${precise(before)} → ${precise(after)}`, first === last ? "before training"
         : `${signed(after - before)}` + (won ? `, wins ${number(won.win_rate * 100, 3)} % [${number(won.win_rate_low * 100, 3)}, ${number(won.win_rate_high * 100, 3)}]` : ""),
         first === last ? "" : tone(after - before));
     }
