@@ -29,7 +29,7 @@ WHOLE = ("--rollout.window-start", "0", "--rollout.window-size", "None")
 
 # What every run has beside its variant, if nothing is given after `--`.
 FLAGS = (
-    *("--iterations", "100", "--eval.every", "20", "--eval.keep-best", "False"),
+    *("--iterations", "100", "--eval.every", "50", "--eval.keep-best", "False"),
     *("--run.report", "False", "--run.tensorboard", "off", "--run.sample-every", "0"),
 )
 
