@@ -163,8 +163,8 @@ def demo_gold() -> Config:
     """The embedded model toward the exact judge with partial credit: how far RL takes it.
 
     `diffusion-grpo train demo-gold`: 200 iterations, each as long as one of `demo`, make 43.3 %
-    right 61.1 %, and 900 of them 67.8 %. DiffusionNFT with all of 16 x 8 images and no KL makes
-    67.8 % in 200 iterations and 74.2 % in 1000 (one seed each; docs/learning.md).
+    right 61.1 %, and 900 of them 67.8 %. DiffusionNFT with all of 16 x 8 images and no KL has
+    67.8 % after 200 of 1000 iterations and 74.2 % after all (one seed each; docs/learning.md).
     """
     base = demo()
     return dataclasses.replace(

@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.fields import Section, update_section
 
 FILE = "diffusion_grpo.json"
 
-Sampler = Literal["ddim", "ddpm", "dpm++", "euler"]
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
+SAMPLERS = ("ddim", "ddpm", "dpm++", "euler")
 
 
 @dataclasses.dataclass(frozen=True)

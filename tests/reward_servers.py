@@ -102,6 +102,3 @@ def post(url: str, body: Any, token: str = "") -> tuple[int, str]:
     except http_json.RequestFailed as failure:
         status, _, said = str(failure).partition(": ")
         return int(status.removeprefix("status ")), said
-
-
-# --- Server and client together -------------------------------------------------------------------

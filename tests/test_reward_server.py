@@ -46,6 +46,9 @@ def no_pauses(monkeypatch) -> list[float]:
     return pauses
 
 
+# --- Server and client together -------------------------------------------------------------------
+
+
 def test_scores_come_back_exactly_as_the_reward_gave_them() -> None:
     images, prompts = pictures(7), [str(10**i) for i in range(7)]
     details = [{"k": i, "é": [1, {"x": None}]} for i in range(7)]

@@ -22,8 +22,8 @@ function el(tag, attributes, ...children) {
 const number = (x, digits = 4) => x === null || x === undefined || Number.isNaN(x) ? "–"
   : Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3) ? (+x.toPrecision(3)).toExponential() : String(+x.toPrecision(digits));
 // A mean beside another one, with the zeros that say how precise it is: 0.580 → 0.628.
-const precise = (x, digits = 3) => x === null || x === undefined || Number.isNaN(x) || Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3)
-  ? number(x, digits) : x.toFixed(Math.max(0, digits - (Math.abs(x) >= 1 ? Math.floor(Math.log10(Math.abs(x))) + 1 : 0)));
+const precise = (x) => x !== 0 && !(Math.abs(x) >= 1e-3 && Math.abs(x) < 1e5) ? number(x, 3)
+  : x.toFixed(Math.abs(x) < 1 ? 3 : Math.max(0, 3 - String(Math.trunc(Math.abs(x))).length));
 const signed = (x) => x === null || Number.isNaN(x) ? "–" : (x > 0 ? "+" : x < 0 ? "−" : "") + number(Math.abs(x), 3);
 const tone = (x) => x > 0 ? "good" : x < 0 ? "bad" : "";
 const run = () => data.runs[state.run];
