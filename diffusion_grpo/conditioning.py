@@ -143,6 +143,14 @@ def by_rows_of(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
     return by_rows(prompts), negative
 
 
+def every(prompts: Conditioning, count: int) -> Conditioning:
+    """Return the conditioning of every `count`-th image: one a prompt, if `count` share it.
+
+    By a reshape, and not by a strided slice: images that are divided over devices stay there.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, 0], prompts)
+
+
 def _size_ids(model: StableDiffusion, shape: tuple[int, int, int] | None) -> Array:
     factor = model.vae.config.downscale_factor
     height, width = model.image_size if shape is None else (factor * shape[0], factor * shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from diffusion_grpo.errors import UsageError
@@ -44,6 +45,22 @@ def images_learned_from(rollout: RolloutConfig, options: GRPOOptions) -> int:
     """Return how many images of an iteration enter the update."""
     chosen = options.best_and_worst
     return rollout.num_images if chosen is None else rollout.prompts_per_iteration * 2 * chosen
+
+
+def images_sharing_a_prompt(rollout: RolloutConfig, options: GRPOOptions, shards: int) -> int:
+    """Return how many consecutive images have one prompt, in every microbatch on every device.
+
+    Images are in the order of their groups, of which sampling and update take consecutive ones.
+
+    Args:
+        rollout: G and the microbatch of sampling.
+        options: the images chosen of a group, and the microbatch of the update.
+        shards: devices that a microbatch is divided over.
+    """
+    chosen = options.best_and_worst
+    learned = rollout.images_per_prompt if chosen is None else 2 * chosen
+    parts = (rollout.microbatch // shards, options.microbatch // shards)
+    return math.gcd(rollout.images_per_prompt, learned, *parts)
 
 
 def _check_microbatches(rollout: RolloutConfig, options: GRPOOptions) -> None:

@@ -124,6 +124,7 @@ class Learner:
     """What the algorithms share: optimizer, schedule, state, advantages, and the choice of images.
 
     Attributes:
+        policy: what it samples and learns with; its batches are in the order of the groups.
         learning_rate: iteration → learning rate.
         notes: what the user is told at the start, a line each.
     """

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_grpo.config import Config, GRPOOptions
-from diffusion_grpo.consistency import images_learned_from
+from diffusion_grpo.consistency import images_learned_from, images_sharing_a_prompt
 from diffusion_grpo.learner import Learner, LearnerState, Rollout
-from diffusion_grpo.mesh import by_rows, join_rows, replicated, to_host
+from diffusion_grpo.mesh import by_rows, join_rows, replicated, shards, to_host
 from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
 from diffusion_grpo.optim import make_update, moved_average
 from diffusion_grpo.pipeline import TrainablePolicy
@@ -52,7 +52,8 @@ def make_learner(
         UsageError: the window or the step weights leave no step with noise under this schedule.
     """
     kind = NFTLearner if config.grpo.algorithm == "nft" else GRPOLearner
-    return kind(config, policy, scheduler, latent)
+    group = images_sharing_a_prompt(config.rollout, config.grpo, shards())
+    return kind(config, policy.of_groups(group), scheduler, latent)
 
 
 class GRPOLearner(Learner):

@@ -7,6 +7,8 @@ weights and one program serves the policy, the old policy and the reference.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -16,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from diffusion_grpo.conditioning import Conditioning, encode_prompts, of_rows
+from diffusion_grpo.conditioning import Conditioning, encode_prompts, every, of_rows
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.mesh import by_rows, gathered, on_devices, resident, shards
@@ -66,6 +68,7 @@ class TrainablePolicy:
         self.reads_tokens = isinstance(network, TextConditionedUNet)
         self._graphdef, trained, self.frozen = nnx.split(network, trainable, ...)
         self._guidance_scale = guidance_scale
+        self._group = 1
         self.learns_noise = noise_steps is not None
         self.trained: Any = trained
         if noise_steps is not None:
@@ -74,14 +77,35 @@ class TrainablePolicy:
                 "log_noise_scale": jnp.zeros(noise_steps, jnp.float32),
             }
 
+    def of_groups(self, size: int) -> TrainablePolicy:
+        """Return the policy for batches in which every `size` consecutive images have one prompt.
+
+        What its denoisers compute of a prompt alone (the keys and values of cross-attention, the
+        text encoders where they are trained) they compute once for these images. A smaller batch
+        has to be a whole part of a larger one's, so that the images that share a prompt are the
+        greatest common divisor of its size and `size`.
+        """
+        grouped = copy.copy(self)
+        grouped._group = size
+        return grouped
+
     def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
-        """Return the guided denoiser with the given parameters."""
+        """Return the guided denoiser with the given parameters; its conditioning is by image."""
         network, frozen = gathered(self._parameters(trained)), gathered(frozen)
 
         def apply(sample: Array, timesteps: Array, conditioning: Conditioning) -> Array:
             return nnx.merge(self._graphdef, network, frozen)(sample, timesteps, **conditioning)
 
-        return guided(apply, self._guidance_scale)
+        denoise = guided(apply, self._guidance_scale)
+        if self._group == 1:
+            return denoise
+
+        def by_prompt(latents: Array, timestep: Array, conditioning: Any) -> Array:
+            prompts, negative = conditioning
+            each = math.gcd(self._group, len(latents))
+            return denoise(latents, timestep, (every(prompts, each), negative))
+
+        return by_prompt
 
     def noise(self, trained: Any, schedule: Schedule) -> Schedule:
         """Return the rollout's schedule with the policy's own noise, where it learns one."""

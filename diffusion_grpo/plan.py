@@ -190,7 +190,7 @@ class _Planner:
 
     def sample(self, size: int) -> Cost:
         """Return the cost of drawing a microbatch."""
-        draw = make_rollout(self.config, self.policy)
+        draw = make_rollout(self.config, self.learner.policy)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
         return program_cost(
             draw,

@@ -66,7 +66,8 @@ def guided(unet_apply: UNetApply, guidance_scale: float) -> Denoiser:
 
     Returns:
         A denoiser whose conditioning is a pair of pytrees of one structure, the prompts' with
-        leaves [B, ...] and the negative prompt's with leaves [1 or B, ...]; its output is float32.
+        leaves [P, ...], each of B/P consecutive images, and the negative prompt's with leaves
+        [1 or P, ...]; its output is float32.
     """
 
     def denoise(latents: Array, timestep: Array, conditioning: Any) -> Array:

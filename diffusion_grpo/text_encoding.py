@@ -63,7 +63,8 @@ class TextConditionedUNet(nnx.Module):
     """A UNet behind its text encoders: what it is conditioned on are tokens.
 
     The encoders run anew for every denoising step, so that every step's gradient reaches them. By
-    the number of operations that is two hundredths of the UNet's work in Stable Diffusion 1.5.
+    the number of operations that is two hundredths of the UNet's work in Stable Diffusion 1.5, less
+    where images share a prompt: it has a row for every B/P consecutive ones.
 
     Attributes:
         unet: the denoising network.
@@ -98,10 +99,10 @@ class TextConditionedUNet(nnx.Module):
         sample: Float[Array, "B h w c"],
         timesteps: Array,
         *,
-        is_prompt: Bool[Array, " B"],
-        is_blank: Bool[Array, " B"],
+        is_prompt: Bool[Array, " P"],
+        is_blank: Bool[Array, " P"],
         time_ids: Array | None = None,
-        **tokens: Int[Array, "B n"],
+        **tokens: Int[Array, "P n"],
     ) -> Float[Array, "B h w c"]:
         """Predict the noise, velocity or sample.
 

@@ -248,7 +248,8 @@ class Workload:
         conditioning = of_rows(self.conditioning, np.arange(len(noise)))
 
         def denoise(trained: Any, frozen: Any, x: Any) -> Any:
-            return plain.denoiser(trained, frozen)(x, jnp.int32(1), conditioning)
+            denoiser = learner.policy.denoiser(trained, frozen)
+            return denoiser(x, jnp.int32(1), conditioning)
 
         count = len(noise)
         forward = count_flops(denoise, plain.trained, plain.frozen, noise) / count

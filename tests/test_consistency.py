@@ -2,10 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from diffusion_grpo.config import Config, load_config
-from diffusion_grpo.consistency import images_learned_from
+from diffusion_grpo.consistency import images_learned_from, images_sharing_a_prompt
 from diffusion_grpo.errors import UsageError
 
 STEP = ["--grpo.ratio", "step"]
@@ -127,3 +128,38 @@ def test_only_the_chosen_images_are_learned_from():
     assert images_learned_from(config.rollout, config.grpo) == 64
     chosen = load_config(None, ["--grpo.best-and-worst", "2"])
     assert images_learned_from(chosen.rollout, chosen.grpo) == 32
+
+
+@pytest.mark.parametrize(
+    ("prompts", "group", "chosen", "microbatches", "shards"),
+    [
+        (8, 16, 4, (32, 32), 1),  # the demo's
+        (16, 8, None, (32, 32), 1),
+        (8, 12, 4, (12, 16), 1),
+        (8, 6, None, (8, 4), 1),
+        (8, 8, 1, (32, 16), 8),
+        (4, 6, 2, (24, 16), 4),
+        (2, 5, None, (1, 5), 1),
+    ],
+)
+def test_images_that_share_a_prompt_do_so_in_every_microbatch(
+    prompts, group, chosen, microbatches, shards
+):
+    words = f"""--rollout.prompts-per-iteration {prompts} --rollout.images-per-prompt {group}
+        --rollout.microbatch {microbatches[0]} --grpo.microbatch {microbatches[1]}
+        --grpo.best-and-worst {chosen}"""
+    config = load_config(None, words.split())
+
+    def alike(each):
+        """Whether all runs of `each` images, of every microbatch and device, have one prompt."""
+        learned = 2 * chosen if chosen else group
+        for size, images in zip(microbatches, (group, learned), strict=True):
+            part = size // shards
+            whose = np.repeat(np.arange(prompts), images).reshape(shards, -1)
+            rows = [row[at : at + part] for row in whose for at in range(0, len(row), part)]
+            if part % each or any(len(set(run)) > 1 for r in rows for run in r.reshape(-1, each)):
+                return False
+        return True
+
+    found = images_sharing_a_prompt(config.rollout, config.grpo, shards)
+    assert found == max(each for each in range(1, group + 1) if alike(each))

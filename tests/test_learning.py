@@ -11,9 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
+import diffusion_grpo.learning as learning
 import diffusion_grpo.train as train_module
 from diffusion_grpo.advantages import RewardHistory, group_advantages, running_advantages
+from diffusion_grpo.conditioning import encode_prompts
 from diffusion_grpo.config import GRPOOptions, load_config
+from diffusion_grpo.consistency import images_sharing_a_prompt
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.learner import LearnerState, Rollout, image_advantages, penalized
 from diffusion_grpo.learning import make_learner
@@ -21,6 +24,7 @@ from diffusion_grpo.metrics import read_metrics
 from diffusion_grpo.optim import TrainState
 from diffusion_grpo.pipeline import make_policy
 from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.rollout import image_keys
 from diffusion_grpo.train import train
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -153,6 +157,47 @@ def test_the_user_is_told_what_the_options_come_to(checkpoint, tmp_path):
     assert "gradient of mean 0" in notes("--grpo.kl k1 --grpo.beta 0.1")[1]
     assert "within 0.9999 to 1.0001 (as given)" in notes("--grpo.clip-scale none")[0]
     assert notes("--grpo.algorithm nft --nft.timesteps 2") == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--grpo.best-and-worst 1 --grpo.beta 0.1 --grpo.updates-per-rollout 2",
+        "--rollout.guidance-scale 3 --grpo.kl-in reward --grpo.beta 0.1",
+        "--grpo.algorithm nft --nft.timesteps 2 --grpo.kl mse --grpo.beta 0.1",
+    ],
+)
+def test_a_group_learns_as_if_each_image_had_a_prompt_of_its_own(words, checkpoint, tmp_path):
+    model = StableDiffusion.from_pretrained(checkpoint)
+    config = config_for(checkpoint, tmp_path, words)
+    scale = config.rollout.guidance_scale
+    group = np.repeat(np.arange(2), 4)
+    keys = {p: image_keys(0, 0, group, np.tile(np.arange(4), 2), p) for p in ("step_noise", "loss")}
+    noise = jax.random.normal(jax.random.key(0), (8, 8, 8, 4))
+    advantages = jnp.asarray([1.0, -1, 0.5, -0.5, 0.3, -1.2, 0, 0.9])
+
+    def learned(images_sharing_a_prompt):
+        policy = make_policy(model, guidance_scale=scale)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(learning, "images_sharing_a_prompt", images_sharing_a_prompt)
+            learner = make_learner(config, policy, model.scheduler_config, (8, 8, 4))
+        texts = [("a red circle", "two green stars")[i] for i in group]
+        state, conditioning = learner.init(3), encode_prompts(model, texts)
+        rollout = learner.sample(state, 0, noise, keys["step_noise"], conditioning)
+        drawn = jax.device_get((rollout.final, rollout.kl))
+        state, metrics = learner.learn(state, rollout, advantages, 0, keys["loss"])
+        return drawn, jax.device_get(metrics), metrics[-1]["grad_norm"]
+
+    shared = []
+
+    def counted(*arguments):
+        shared.append(images_sharing_a_prompt(*arguments))
+        return shared[-1]
+
+    together, alone = learned(counted), learned(lambda *_: 1)
+    assert shared == [2]
+    for ours, expected in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_beyond_the_steps_with_noise_is_refused_before_anything_is_compiled(

@@ -24,9 +24,10 @@ TOLERANCE = {"rtol": 1e-3, "atol": 2e-6}
 # tolerance; the mean of the pixels does not.
 RUN = {
     "reward__rewards": "brightness",
-    "rollout__prompts_per_iteration": 8,
+    "rollout__prompts_per_iteration": 16,
     "rollout__images_per_prompt": 2,
-    "rollout__microbatch": 8,
+    "rollout__microbatch": 16,  # 2 images of one prompt on each of 8 devices, in 2 microbatches
+    "grpo__microbatch": 16,
     "grpo__beta": 0.1,
     "grpo__updates_per_rollout": 2,
 }

@@ -16,6 +16,7 @@ from diffusion_grpo.cli import main
 from diffusion_grpo.conditioning import encode_prompts
 from diffusion_grpo.config import load_config
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.flops import count_flops
 from diffusion_grpo.lora import LoRAParam, lora_factors
 from diffusion_grpo.lora_files import FILE, load_lora
 from diffusion_grpo.pipeline import TrainablePolicy
@@ -60,6 +61,30 @@ def test_tokens_and_their_states_are_denoised_alike(name, skip, negative, pipeli
     states = denoised(model.unet)
     tokens = denoised(_together(model, name, clip_skip=skip), tokens=True)
     np.testing.assert_allclose(tokens, states, atol=1e-5 * float(jnp.abs(states).max()))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_prompt_of_a_group_is_read_once(name, tokens, pipelines):
+    model = StableDiffusion.from_pretrained(pipelines[name])
+    network = _together(model, name) if tokens else model.unet
+    policy = TrainablePolicy(network, 4.0)
+    x = jax.random.normal(jax.random.key(0), (6, 8, 8, 4))
+    conditioning = encode_prompts(model, [PROMPTS[i] for i in (0, 0, 0, 1, 1, 1)], tokens=tokens)
+
+    def denoised(policy):
+        def denoise(trained, frozen, x, conditioning):
+            return policy.denoiser(trained, frozen)(x, jnp.int32(400), conditioning)
+
+        arrays = policy.trained, policy.frozen, x, conditioning
+        return jax.jit(denoise)(*arrays), count_flops(denoise, *arrays)
+
+    alone, many = denoised(policy)
+    grouped, few = denoised(policy.of_groups(3))
+    np.testing.assert_allclose(grouped, alone, atol=1e-5 * float(jnp.abs(alone).max()))
+    whole_parts, more = denoised(policy.of_groups(12))  # of 12 a batch holds 6, one prompt's
+    assert more < few < many
+    assert float(jnp.abs(whole_parts - alone).max()) > 1e-3 * float(jnp.abs(alone).max())
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -55,14 +55,20 @@ class Attention(nnx.Module):
         self.upcast = upcast
 
     def __call__(
-        self, x: Float[Array, "B n d"], context: Float[Array, "B m e"] | None = None
+        self, x: Float[Array, "B n d"], context: Float[Array, "P m e"] | None = None
     ) -> Float[Array, "B n d"]:
-        """Attend from `x` to `context` (or to itself)."""
+        """Attend from `x` to `context` (or to itself).
+
+        A context for B/P consecutive rows of `x` has its keys and values computed once, and all
+        queries of these rows in one product with them: the rows are attended from as one.
+        """
         context = x if context is None else context
         b, n, _ = x.shape
-        q, k, v = (
-            projection(tokens).reshape(b, tokens.shape[1], self.heads, -1)
-            for projection, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        rows = context.shape[0]
+        q = self.to_q(x).reshape(rows, b // rows * n, self.heads, -1)
+        k, v = (
+            projection(context).reshape(rows, context.shape[1], self.heads, -1)
+            for projection in (self.to_k, self.to_v)
         )
         dtype = q.dtype
         if self.upcast:
@@ -167,9 +173,9 @@ class BasicTransformerBlock(nnx.Module):
         self.only_cross_attention = only_cross_attention
 
     def __call__(
-        self, x: Float[Array, "B n d"], context: Float[Array, "B m e"]
+        self, x: Float[Array, "B n d"], context: Float[Array, "P m e"]
     ) -> Float[Array, "B n d"]:
-        """Map tokens [B, n, d], given the text embeddings [B, m, e], to [B, n, d]."""
+        """Map tokens [B, n, d], given the text embeddings [P, m, e], to [B, n, d]."""
         x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -222,9 +228,9 @@ class Transformer2DModel(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B h w c"], context: Float[Array, "B m e"]
+        self, x: Float[Array, "B h w c"], context: Float[Array, "P m e"]
     ) -> Float[Array, "B h w c"]:
-        """Map [B, h, w, c], given the text embeddings [B, m, e], to [B, h, w, c]."""
+        """Map [B, h, w, c], given the text embeddings [P, m, e], to [B, h, w, c]."""
         b, h, w, c = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         for block in self.transformer_blocks:
@@ -256,9 +262,9 @@ class DualTransformer2DModel(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B h w c"], context: Float[Array, "B m e"]
+        self, x: Float[Array, "B h w c"], context: Float[Array, "P m e"]
     ) -> Float[Array, "B h w c"]:
-        """Map [B, h, w, c], given text and image tokens [B, 334, e], to [B, h, w, c]."""
+        """Map [B, h, w, c], given text and image tokens [P, 334, e], to [B, h, w, c]."""
         if context.shape[1] != sum(self.CONDITION_LENGTHS):
             raise UsageError(
                 f"encoder_hidden_states has {context.shape[1]} tokens; dual_cross_attention "

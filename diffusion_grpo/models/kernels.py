@@ -51,9 +51,8 @@ def attention_implementation(
     alone, and heads whose width is a multiple of 8, at most 128 on every card (256 on some). It
     pays where there are many scores: among the 4096 and 1024 pixels of Stable Diffusion's upper
     levels. `heads_first` brings heads before tokens by itself, where XLA's CPU backend would run
-    the batched products of the backward pass on strided memory, at up to twice the time; below 64
-    tokens the transposes cost more than that, and with many scores nothing is gained. `xla` is
-    JAX's plain one, for all else.
+    the batched products on strided memory, at up to twice the time; below 64 queries the transposes
+    cost more than that. `xla` is JAX's plain one, for all else.
 
     Args:
         backend: JAX's: cpu, gpu, tpu.
@@ -72,7 +71,7 @@ def attention_implementation(
                 return name
         raise UsageError(f"{VARIABLE} is {given!r}; expected one of {', '.join(_CHOICES)}")
     if backend == "cpu":
-        return "heads_first" if queries >= 64 and queries * keys <= 8192 else "xla"
+        return "heads_first" if queries >= 64 else "xla"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     fits = head_dim % 8 == 0 and head_dim <= 128
     if backend in ("gpu", "cuda") and half and fits and min(queries, keys) >= 256:

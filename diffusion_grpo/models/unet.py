@@ -282,33 +282,37 @@ class UNet2DConditionModel(nnx.Module):
         self,
         sample: Float[Array, "B h w c"],
         timesteps: Num[Array, " B"],
-        encoder_hidden_states: Float[Array, "B n d"],
+        encoder_hidden_states: Float[Array, "P n d"],
         *,
         class_labels: Num[Array, "B ..."] | None = None,
-        text_embeds: Float[Array, "B p"] | None = None,
-        time_ids: Num[Array, "B k"] | None = None,
+        text_embeds: Float[Array, "P p"] | None = None,
+        time_ids: Num[Array, "P k"] | None = None,
     ) -> Float[Array, "B h w o"]:
         """Predict from noisy latents.
+
+        Several images in a row may share a prompt, as those of a group do: given P prompts for B
+        images, each is that of B/P consecutive ones, and what is computed of it is computed once.
 
         Args:
             sample: noisy latents x_t, [B, h, w, in_channels].
             timesteps: the training timestep of each, [B], 0 … num_train_timesteps−1.
-            encoder_hidden_states: text embeddings, [B, n, cross_attention_dim].
+            encoder_hidden_states: text embeddings, [P, n, cross_attention_dim], P a divisor of B.
             class_labels: as `class_embed_type` has it: class numbers or noise levels [B], or
                 vectors [B, projection_class_embeddings_input_dim].
-            text_embeds: pooled text embeddings [B, p] (SDXL).
-            time_ids: original size, crop corner and target size in pixels [B, 6] (SDXL).
+            text_embeds: pooled text embeddings [P, p] (SDXL).
+            time_ids: original size, crop corner and target size in pixels [P, 6] (SDXL).
 
         Returns:
             The model's prediction, [B, h, w, out_channels], in the compute dtype.
 
         Raises:
             UsageError: an input that the configuration asks for is missing, or one that it has no
-                use for is given.
+                use for is given; the prompts do not divide the images.
         """
         config = self.config
         remat = self.gradient_checkpointing
         _check_inputs(config, class_labels=class_labels, text_embeds=text_embeds, time_ids=time_ids)
+        each = _images_per_prompt(len(sample), len(encoder_hidden_states))
         x = sample.astype(self.dtype)
         context = encoder_hidden_states.astype(self.dtype)
         if config.center_input_sample:
@@ -321,7 +325,8 @@ class UNet2DConditionModel(nnx.Module):
         if text_embeds is not None and time_ids is not None:
             ids = self._sinusoid(time_ids.reshape(-1), config.addition_time_embed_dim or 0)
             added = (text_embeds.astype(self.dtype), ids.reshape(len(time_ids), -1))
-            temb = temb + self.add_embedding(jnp.concatenate(added, axis=-1))
+            embedded = self.add_embedding(jnp.concatenate(added, axis=-1))
+            temb = temb + jnp.repeat(embedded, each, axis=0)
         if config.time_embedding_act_fn is not None:
             temb = activation(config.time_embedding_act_fn, "time_embedding_act_fn")(temb)
 
@@ -351,6 +356,15 @@ class UNet2DConditionModel(nnx.Module):
         elif self.config.class_embed_type is not None:
             labels = labels.astype(self.dtype)
         return self.class_embedding(labels)
+
+
+def _images_per_prompt(images: int, prompts: int) -> int:
+    if images % prompts:
+        raise UsageError(
+            f"encoder_hidden_states has {prompts} rows for {images} images; expected one an image, "
+            "or a divisor of their number, each for as many consecutive images"
+        )
+    return images // prompts
 
 
 def _check_inputs(config: UNetConfig, **given: Array | None) -> None:

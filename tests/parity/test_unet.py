@@ -174,23 +174,28 @@ def test_spatial_transformer(linear):
     assert _relative_error(ours, expected) <= 1e-5
 
 
-def _whole(torch_unet, height=8, width=8, dtype=jnp.float32, tokens=7, **extra):
-    """Return our copy of a torch UNet, inputs, and torch's output for them."""
+def _whole(torch_unet, height=8, width=8, dtype=jnp.float32, tokens=7, each=1, **extra):
+    """Return our copy of a torch UNet, inputs, and torch's output for them.
+
+    Of the 2 prompts, ours is given each once for `each` images, and torch once an image.
+    """
     randomize(torch_unet)
     config = UNetConfig.from_dict(dict(torch_unet.config))
     unet = abstract_module(UNet2DConditionModel, config, dtype=dtype)
     copy_torch_weights(torch_unet, unet)
     generator = torch.Generator().manual_seed(1)
-    sample = torch.randn(2, 4, height, width, generator=generator)
+    sample = torch.randn(2 * each, 4, height, width, generator=generator)
     context = torch.randn(
         2, tokens, config.per_block("cross_attention_dim")[0], generator=generator
     )
-    timesteps = torch.tensor([3, 801])
-    side = {k: extra.pop(k) for k in ("text_embeds", "time_ids") if k in extra}
+    timesteps = torch.tensor([3, 801]).repeat(each)
+    names = ("text_embeds", "time_ids")
+    side = {k: extra.pop(k).repeat_interleave(each, 0) for k in names if k in extra}
     if side:
         extra["added_cond_kwargs"] = side
+    repeated = context.repeat_interleave(each, 0)
     with torch.no_grad():
-        expected = _nhwc(torch_unet(sample, timesteps, context, **extra).sample)
+        expected = _nhwc(torch_unet(sample, timesteps, repeated, **extra).sample)
     inputs = (_nhwc(sample), timesteps.numpy().astype(np.int32), _numpy(context))
     return unet, tuple(map(jnp.asarray, inputs)), expected
 
@@ -207,6 +212,7 @@ def _whole(torch_unet, height=8, width=8, dtype=jnp.float32, tokens=7, **extra):
         {"attention_head_dim": 8, "act_fn": "gelu"},
         {"upcast_attention": True},
         {"only_cross_attention": (True, False, True), "layers_per_block": (1, 2, 1)},
+        {"each": 4, "only_cross_attention": (True, False, True)},
         {"mid_block_scale_factor": 2.0, "time_embedding_dim": 48, "conv_in_kernel": 1},
         {"time_embedding_act_fn": "mish", "timestep_post_act": "silu", "conv_out_kernel": 5},
         {
@@ -217,7 +223,9 @@ def _whole(torch_unet, height=8, width=8, dtype=jnp.float32, tokens=7, **extra):
     ids=lambda fields: "-".join(fields) or "plain",
 )
 def test_whole_unet(fields):
-    unet, inputs, expected = _whole(make_unet(**fields))
+    fields = dict(fields)
+    each = fields.pop("each", 1)
+    unet, inputs, expected = _whole(make_unet(**fields), each=each)
     assert _relative_error(_call(unet, *inputs), expected) <= 1e-4
 
 
@@ -277,14 +285,22 @@ def test_dual_cross_attention_has_the_parameters_of_diffusers():
     copy_torch_weights(theirs, ours)  # strict in names and shapes
 
 
+def test_images_that_no_number_of_them_shares_a_prompt_are_refused():
+    unet, inputs, _ = _whole(make_unet(**TWO_LEVELS))
+    x, timesteps, context = inputs
+    with pytest.raises(UsageError, match="has 2 rows for 3 images; expected one an image, or a"):
+        unet(jnp.concatenate([x, x[:1]]), jnp.resize(timesteps, 3), context)
+
+
+@pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_relatives_of_the_published_families(name):
+def test_relatives_of_the_published_families(name, each):
     fields = small(PUBLISHED[name], 99).unet
     side = {}
     if "addition_embed_type" in fields:
         side["text_embeds"] = torch.randn(2, WIDTHS["text_encoder_2"])
         side["time_ids"] = torch.tensor([[64, 64, 0, 0, 64, 64], [96, 80, 8, 4, 64, 72]])
-    unet, inputs, expected = _whole(make_unet(**fields), **side)
+    unet, inputs, expected = _whole(make_unet(**fields), each=each, **side)
     given = {k: jnp.asarray(v.numpy().astype(np.float32)) for k, v in side.items()}
     out = jax.jit(lambda unet, *args: unet(*args, **given))(unet, *inputs)
     assert _relative_error(out, expected) <= 1e-4
@@ -339,12 +355,14 @@ def test_gradient_checkpointing_changes_no_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
 
 
-def test_gradients_agree_with_torch():
+@pytest.mark.parametrize("each", [1, 4])
+def test_gradients_agree_with_torch(each):
     torch_unet = make_unet(**TWO_LEVELS)
-    unet, inputs, _ = _whole(torch_unet)
+    unet, inputs, _ = _whole(torch_unet, each=each)
     graphdef, params = nnx.split(unet)
     ours = jax.jit(jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p)(*inputs)).mean()))(params)
     sample, timesteps, context = (torch.from_numpy(np.array(x)) for x in inputs)
+    context = context.repeat_interleave(each, 0)
     torch_unet(sample.permute(0, 3, 1, 2), timesteps, context).sample.square().mean().backward()
     expected = torch_unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight.grad
     block = ours["down_blocks"][0]["attentions"][0]["transformer_blocks"][0]
