@@ -20,7 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "demo-gold nft": (*NFT, *ALL),
     "demo-mix": (),
     "demo-mix nft": (*NFT, *ALL),
+    # Long runs: what comes of the preset, and of the reward, in half an hour and more.
+    "700 iterations": ("--iterations", "700"),
+    "no KL, 700 iterations": ("--iterations", "700", "--grpo.beta", "0"),
+    "demo-gold 900 iterations": ("--iterations", "900"),
+    "demo-gold nft 1000 iterations": (*NFT, *ALL, "--iterations", "1000"),
 }
 
 
@@ -181,8 +186,40 @@ def gold_of(row: Mapping[str, Any]) -> Any:
     return next(row[name] for name in ("shapes_exact", "shapes") if name in row)
 
 
+def trained_of(row: Mapping[str, Any]) -> Any:
+    """Return what belongs to the reward that was trained on, of a mapping by rewards."""
+    return row["clip"] if "clip" in row else row["shapes"]
+
+
+def curve_of(
+    found: Sequence[Mapping[str, Any]], pick: Callable[[Mapping[str, Any]], Any]
+) -> list[tuple[float, list[float]]]:
+    """Return an evaluated quantity from before the first iteration to after the last.
+
+    Args:
+        found: what `read_run` returns of each seed, evaluated after the same iterations.
+        pick: the quantity, of a mapping by rewards.
+
+    Returns:
+        Mean minutes, and the value of each seed.
+    """
+    lines = [
+        [(0.0, pick(run["rewards"])["before"])]
+        + [(row["minutes"], pick(row)) for row in run["curve"]]
+        + [(run["minutes"], pick(run["rewards"])["after"])]
+        for run in found
+    ]
+    return [
+        (sum(minutes for minutes, _ in same) / len(same), [value for _, value in same])
+        for same in zip(*lines, strict=True)
+    ]
+
+
 def plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
-    """Draw the share that the verifier finds right against minutes, means and range of the seeds.
+    """Draw two curves against minutes, means and range of the seeds.
+
+    The share that the verifier finds right, and below it the mean of the reward that is trained on:
+    where the second rises and the first does not, the reward is hacked.
 
     Args:
         runs: variant → what `read_run` returns of each seed.
@@ -190,24 +227,20 @@ def plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=110)
-    for variant, found in runs.items():
-        lines = [
-            [(0.0, gold_of(run["rewards"])["before"])]
-            + [(row["minutes"], gold_of(row)) for row in run["curve"]]
-            + [(run["minutes"], gold_of(run["rewards"])["after"])]
-            for run in found
-        ]
-        points = [list(zip(*same, strict=True)) for same in zip(*lines, strict=True)]
-        minutes = [sum(times) / len(times) for times, _ in points]
-        means = [100 * sum(values) / len(values) for _, values in points]
-        (line,) = axes.plot(minutes, means, marker="o", markersize=3, label=variant)
-        bounds = [[100 * pick(values) for _, values in points] for pick in (min, max)]
-        axes.fill_between(minutes, *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
-    axes.set_xlabel("minutes of training")
-    axes.set_ylabel("images right, % (360 held-out prompts)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 8), dpi=110)
+    for axes, pick, scale in ((above, gold_of, 100), (below, trained_of, 1)):
+        for variant, found in runs.items():
+            points = curve_of(found, pick)
+            minutes = [time for time, _ in points]
+            means = [scale * sum(values) / len(values) for _, values in points]
+            (line,) = axes.plot(minutes, means, marker="o", markersize=3, label=variant)
+            bounds = [[scale * end(values) for _, values in points] for end in (min, max)]
+            axes.fill_between(minutes, *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
+        axes.grid(alpha=0.3)
+    above.set_ylabel("images right, % (360 held-out prompts)")
+    below.set_ylabel("reward that is trained on (the same prompts)")
+    below.set_xlabel("minutes of training")
+    above.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file)
 
