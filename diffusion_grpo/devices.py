@@ -108,11 +108,11 @@ def _this_machine() -> Device:
 # Fitted to the embedded model at three sizes of picture on two cores (docs/performance.md).
 CPU_SHARES: dict[str, float] = {
     "efficiency": 0.5,
-    "bandwidth_efficiency": 0.7,
+    "bandwidth_efficiency": 1.0,
     "slack": 1.2,
     "cache": 16e6,
-    "cache_speedup": 7.0,
-    "backward": 1.9,
+    "cache_speedup": 10.0,
+    "backward": 2.0,
 }
 
 
