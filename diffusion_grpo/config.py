@@ -163,8 +163,9 @@ def demo_gold() -> Config:
     """The embedded model toward the exact judge with partial credit: how far RL takes it.
 
     `diffusion-grpo train demo-gold`: 200 iterations, each as long as one of `demo`, make 43.3 %
-    right 61.1 %, and 900 of them 67.8 %. DiffusionNFT with all of 16 x 8 images and no KL has
-    67.8 % after 200 of 1000 iterations and 74.2 % after all (one seed each; docs/learning.md).
+    right 61.1 % (one seed), and 900 of them 70.1 % (67.8 to 72.2). DiffusionNFT with all of 16 x 8
+    images and no KL has 67.4 % after 200 of 1000 iterations, 71.8 % after 500 and 70.9 % (67.5 to
+    74.2) after all; three seeds each (docs/learning.md).
     """
     base = demo()
     return dataclasses.replace(
