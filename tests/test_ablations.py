@@ -54,7 +54,7 @@ def test_the_table_has_means_and_ranges_of_the_seeds(tmp_path):
     assert "| nft | 1 | 48.0 | 60.0 | 0.6100 | 1.5 |" in table
 
 
-def test_curves_begin_before_the_first_iteration_and_end_after_the_last(tmp_path):
+def test_curves_begin_before_the_first_iteration_and_end_after_the_last():
     def run(seed):
         gold, reward = {"before": 0.4, "after": 0.6 + seed}, {"before": 0.5, "after": 0.7}
         row = {"iteration": 5, "minutes": 1.0 + seed, "shapes_exact": 0.5, "shapes": 0.6 - seed}
@@ -69,8 +69,6 @@ def test_curves_begin_before_the_first_iteration_and_end_after_the_last(tmp_path
     ]
     assert ablations.curve_of(found, ablations.trained_of)[1] == (1.05, [0.6, 0.5])
     assert ablations.trained_of({"shapes": 0.6, "clip": 0.3}) == 0.3
-    ablations.plot({"demo-gold": found}, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_a_record_grows_and_is_of_one_kind_of_run(tmp_path):
