@@ -187,7 +187,7 @@ def gold_of(row: Mapping[str, Any]) -> Any:
 
 
 def trained_of(row: Mapping[str, Any]) -> Any:
-    """Return what belongs to the reward that was trained on, of a mapping by rewards."""
+    """Return what belongs to the reward that was trained on (of two, the CLIP score)."""
     return row["clip"] if "clip" in row else row["shapes"]
 
 

@@ -285,7 +285,7 @@ def test_dual_cross_attention_has_the_parameters_of_diffusers():
     copy_torch_weights(theirs, ours)  # strict in names and shapes
 
 
-def test_images_that_no_number_of_them_shares_a_prompt_are_refused():
+def test_prompts_that_do_not_divide_the_images_are_refused():
     unet, inputs, _ = _whole(make_unet(**TWO_LEVELS))
     x, timesteps, context = inputs
     with pytest.raises(UsageError, match="has 2 rows for 3 images; expected one an image, or a"):
