@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
+from safetensors.numpy import load_file
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.pretrained import StableDiffusion, load_clip, load_tokenizer
@@ -20,10 +21,13 @@ from diffusion_grpo.shapes.measure import true_scenes
 from diffusion_grpo.shapes.training_batches import (
     UNetBatches,
     draw_timesteps,
+    names_a_plain_pair,
     states_a_place,
     tokenize,
 )
 from diffusion_grpo.shapes.verify import verify
+
+WEIGHTS = "model.safetensors"
 
 
 def test_early_timesteps_have_their_share_beside_a_logit_normal() -> None:
@@ -45,11 +49,15 @@ def test_scenes_that_state_a_place_have_their_share() -> None:
     placed = np.arange(0, 1000, 5)
     empty = np.zeros(1, np.int32)
     latents = np.arange(1000, dtype=np.float16)[:, None, None, None]
-    batches = UNetBatches(latents, ids, placed, empty, seed=3, batch=20_000, place_share=0.5)
+    paired = np.arange(1, 1000, 5)
+    batches = UNetBatches(
+        latents, ids, placed, paired, empty, seed=3, batch=20_000, place_share=0.5, pair_share=0.2
+    )
     batch = batches(7)
     rows = batch["latents"][:, 0, 0, 0].astype(int)
-    # Half of them, and a fifth of the other half.
-    assert np.mean(rows % 5 == 0) == pytest.approx(0.6, abs=0.02)
+    # Half of them and a fifth of the rest; a fifth of them and a fifth of the rest.
+    assert np.mean(rows % 5 == 0) == pytest.approx(0.5 + 0.2 * 0.3, abs=0.02)
+    assert np.mean(rows % 5 == 1) == pytest.approx(0.2 + 0.2 * 0.3, abs=0.02)
     captioned = batch["ids"][:, 0] != 0
     assert np.mean(captioned) == pytest.approx(0.9, abs=0.01)
     np.testing.assert_array_equal(batch["ids"][captioned, 0], rows[captioned] + 1)
@@ -57,12 +65,21 @@ def test_scenes_that_state_a_place_have_their_share() -> None:
     assert (batches(8)["latents"] != batch["latents"]).any()
 
 
-def test_captions_that_state_a_place_are_told_by_their_tokens() -> None:
+def test_captions_that_state_a_place_or_name_a_plain_pair_are_told_by_their_tokens() -> None:
     tokenizer = load_tokenizer(resource_path("assets", "shapes-clip"))
     prompts = load_prompts("shapes_heldout")
-    stated = states_a_place(tokenizer, tokenize(tokenizer, [p.text for p in prompts]))
-    assert stated.tolist() == [p.metadata["task"] == "position" for p in prompts]
-    assert 0 < stated.mean() < 1
+    ids = tokenize(tokenizer, [p.text for p in prompts])
+    for told, task in ((states_a_place, "position"), (names_a_plain_pair, "two_object")):
+        assert told(tokenizer, ids).tolist() == [p.metadata["task"] == task for p in prompts]
+        assert 0 < told(tokenizer, ids).mean() < 1
+
+
+def test_the_embedded_text_encoder_is_the_text_tower_of_the_embedded_clip() -> None:
+    encoder = load_file(resource_path("assets", "shapes-diffusion", "text_encoder", WEIGHTS))
+    clip = load_file(resource_path("assets", "shapes-clip", WEIGHTS))
+    assert {name for name in clip if name.startswith("text_model.")} == set(encoder)
+    for name, value in encoder.items():
+        np.testing.assert_array_equal(value, clip[name])
 
 
 def test_true_scenes_are_what_their_captions_say_and_differ() -> None:

@@ -6,6 +6,7 @@ A batch is a function of the seed and the step, so that an interrupted training 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from diffusion_grpo.shapes import networks
 from diffusion_grpo.shapes.captions import captions, hard_negatives
 from diffusion_grpo.shapes.render import render
-from diffusion_grpo.shapes.scenes import RELATIONS, scene_batch
+from diffusion_grpo.shapes.scenes import COLORS, RELATIONS, scene_batch
 
 VOCABULARY_SEED = 7919  # keeps the scenes of one stage apart from another's at the same seed
 
@@ -71,19 +72,23 @@ class UNetBatches:
         latents: float16 `[n, h, w, c]`, unscaled.
         ids: int32 `[n, TOKENS]`.
         placed: indices of the scenes whose captions state a place.
+        paired: indices of those whose captions name two objects and no color.
         empty: the ids of no caption.
         seed: with the step, decides the batch.
         batch: scenes a step.
-        place_share: share of a batch that is drawn from `placed`; the rest from all.
+        place_share: share of a batch that is drawn from `placed`.
+        pair_share: share that is drawn from `paired`; the rest from all.
     """
 
     latents: np.ndarray
     ids: np.ndarray
     placed: np.ndarray
+    paired: np.ndarray
     empty: np.ndarray
     seed: int
     batch: int
     place_share: float
+    pair_share: float
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """Draw the batch of a step."""
@@ -91,7 +96,11 @@ class UNetBatches:
         rows = rng.integers(0, len(self.latents), self.batch)
         unconditional = rng.random(self.batch) < 0.1
         chosen = self.placed[rng.integers(0, len(self.placed), self.batch)]
-        rows = np.where(rng.random(self.batch) < self.place_share, chosen, rows)
+        draw = rng.random(self.batch)
+        rows = np.where(draw < self.place_share, chosen, rows)
+        chosen = self.paired[rng.integers(0, len(self.paired), self.batch)]
+        pair = (self.place_share <= draw) & (draw < self.place_share + self.pair_share)
+        rows = np.where(pair, chosen, rows)
         ids = np.where(unconditional[:, None], self.empty[None], self.ids[rows])
         return {"latents": self.latents[rows], "ids": ids}
 
@@ -100,8 +109,7 @@ def draw_timesteps(key: jax.Array, n: int, early_share: float) -> jax.Array:
     """Draw the timesteps of a batch.
 
     Logit-normal (scale 1.1), where most is learned of what things look like; but `early_share` of
-    them uniform in the noisiest three tenths, where a sampler begins. (2500 steps more with half of
-    them there taught no more of places than without: docs/learning.md.)
+    them uniform in the noisiest three tenths, where a sampler begins and decides what is where.
 
     Returns:
         int32 `[n]` in [0, 1000).
@@ -115,5 +123,14 @@ def draw_timesteps(key: jax.Array, n: int, early_share: float) -> jax.Array:
 
 def states_a_place(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
     """Say which captions, int32 `[n, TOKENS]`, state a place: bool `[n]`."""
-    words = tokenize(tokenizer, list(RELATIONS))[:, 1]  # after the token that begins a text
-    return np.asarray(np.isin(ids, words).any(axis=1))
+    return _has_word(tokenizer, ids, RELATIONS)
+
+
+def names_a_plain_pair(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """Say which captions, int32 `[n, TOKENS]`, name two objects and no color: bool `[n]`."""
+    return _has_word(tokenizer, ids, ["and"]) & ~_has_word(tokenizer, ids, COLORS)
+
+
+def _has_word(tokenizer: Any, ids: np.ndarray, words: Sequence[str]) -> np.ndarray:
+    first = tokenize(tokenizer, list(words))[:, 1]  # after the token that begins a text
+    return np.asarray(np.isin(ids, first).any(axis=1))
