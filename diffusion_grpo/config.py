@@ -164,8 +164,8 @@ def demo_gold() -> Config:
 
     `diffusion-grpo train demo-gold`: its iterations are each as long as one of `demo`; 500 of them
     (`--iterations 500`) make 49.7 % right 73.3 % (one seed). DiffusionNFT with all of 16 x 8 images
-    and no KL has 73.1 % after 200 of 500 iterations and 77.5 % (75.8 to 79.2) after all; two seeds
-    (docs/learning.md).
+    and no KL has 73.1 % after 200 of 500 iterations and 77.4 % (75.8 to 79.2) after all; three
+    seeds (docs/learning.md).
     """
     base = demo()
     return dataclasses.replace(
