@@ -17,6 +17,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.pretrained import StableDiffusion, load_clip, load_tokenizer
 from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.resources import resource_path
+from diffusion_grpo.shapes import pretrain
 from diffusion_grpo.shapes.measure import true_scenes
 from diffusion_grpo.shapes.training_batches import (
     UNetBatches,
@@ -44,7 +45,7 @@ def test_early_timesteps_have_their_share_beside_a_logit_normal() -> None:
     assert early.max() < 1
 
 
-def test_scenes_that_state_a_place_have_their_share() -> None:
+def test_scenes_with_a_place_and_plain_pairs_have_their_shares() -> None:
     ids = np.arange(1000, dtype=np.int32)[:, None] + 1
     placed = np.arange(0, 1000, 5)
     empty = np.zeros(1, np.int32)
@@ -91,6 +92,16 @@ def test_true_scenes_are_what_their_captions_say_and_differ() -> None:
     assert len({image.tobytes() for image in scenes.reshape(9, -1)}) == 9
     with pytest.raises(UsageError, match="found 0 of 1 .*'a dog'.*shapes_heldout.txt"):
         true_scenes(["a dog"], 1, seed=0, rounds=1)
+
+
+def test_shares_that_exceed_a_batch_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shares = ["--unet-place-share", "0.8", "--unet-pair-share", "0.3"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", "unet", "--build", str(tmp_path), *shares])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "0.8 and --unet-pair-share 0.3 are shares of one batch" in capsys.readouterr().err
 
 
 def _pretrain(build: Path, *args: str) -> str:

@@ -363,6 +363,11 @@ def main() -> None:
     known = ("clip", "vae", "unet", "install")
     if unknown := sorted(set(args.stages) - set(known)):
         parser.error(f"unknown stage {unknown[0]!r}; expected {', '.join(known)}")
+    if args.unet_place_share + args.unet_pair_share > 1:
+        parser.error(
+            f"--unet-place-share {args.unet_place_share:g} and --unet-pair-share "
+            f"{args.unet_pair_share:g} are shares of one batch; expected a sum of 1 at most"
+        )
     args.build.mkdir(parents=True, exist_ok=True)
     if "clip" in args.stages:
         train_clip(
