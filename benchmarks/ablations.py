@@ -92,6 +92,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "700 iterations": ("--iterations", "700"),
     "no KL, 700 iterations": ("--iterations", "700", "--grpo.beta", "0"),
     "demo-gold 500 iterations": ("--iterations", "500"),
+    "demo-gold 700 iterations": ("--iterations", "700"),
     "demo-gold 900 iterations": ("--iterations", "900"),
     "demo-gold nft 500 iterations": (*NFT, *ALL, "--iterations", "500"),
     "demo-gold nft 1000 iterations": (*NFT, *ALL, "--iterations", "1000"),

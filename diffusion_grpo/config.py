@@ -181,7 +181,7 @@ def demo_mix() -> Config:
 
     `diffusion-grpo train demo-mix`: 200 iterations, each about as long as one of `demo`, made
     43.3 % right 61.7 % with the embedded base before this one, where `demo` made 62.1 and
-    `demo-gold` 61.1 % (docs/learning.md).
+    `demo-gold` 61.1 % (docs/earlier-bases.md).
     """
     base = demo_gold()
     return dataclasses.replace(
