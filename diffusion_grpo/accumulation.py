@@ -82,8 +82,17 @@ def reduce_metrics(history: list[dict[str, Array]], count: int) -> dict[str, Arr
     return reduced
 
 
-def ratio_metrics(log_ratio: Array, clipped: Array, from_old: Array) -> dict[str, Array]:
-    """Sums over the images (extremes for min and max)."""
+def ratio_metrics(
+    log_ratio: Array, clipped: Array, from_old: Array, elements: int
+) -> dict[str, Array]:
+    """Return sums over the images (extremes for min and max).
+
+    Args:
+        log_ratio: of the ratio that the loss has.
+        clipped: where that has no gradient.
+        from_old: log π_θ − log π_old, reduced over the latent, unweighted.
+        elements: of `kl_estimate`.
+    """
     ratio = jnp.exp(log_ratio)
     return {
         "ratio/mean": ratio.sum(),
@@ -92,7 +101,7 @@ def ratio_metrics(log_ratio: Array, clipped: Array, from_old: Array) -> dict[str
         "clip_fraction": clipped.sum().astype(jnp.float32),
         # k3 with the roles of Schulman 2020: samples are the old policy's, so
         # δ = log π_old − log π_θ
-        "approx_kl": kl_estimate(-from_old, "k3").sum(),
+        "approx_kl": kl_estimate(-from_old, "k3", elements=elements).sum(),
     }
 
 

@@ -356,18 +356,20 @@ def _parse_flags(config: Config, flags: Sequence[str], prog: str) -> Config:
 
 
 def _drop_inherited(base: Config, config: Config, *, heldout_given: bool) -> Config:
-    """Leave out what belongs to something of the base that was replaced.
+    """Keep of the base's options what is not given anew, and leave out what has lost its owner.
 
-    The options of a reward go with the reward, and the held-out list with the training list: it
-    is held out from that one.
+    Options of rewards are laid over the base's one by one: `clip.scale=logit` leaves `clip.model`
+    as it was. The options of a reward go with the reward, and the held-out list with the training
+    list: it is held out from that one.
     """
     rewards = (*config.reward.rewards, *config.eval.gold)
-    in_use = _options_of(rewards, config.reward.options)
-    options = tuple(
-        option
-        for option in config.reward.options
-        if option in in_use or option not in base.reward.options
-    )
+    given = config.reward.options
+    named = {option.partition("=")[0].strip() for option in given}
+    inherited = [o for o in base.reward.options if o.partition("=")[0].strip() not in named]
+    inherited = [o for o in _options_of(rewards, inherited) if o not in given]
+    in_use = _options_of(rewards, given)
+    own = [o for o in given if o in in_use or o not in base.reward.options]
+    options = (*inherited, *own)
     prompts = config.prompts
     if prompts.train != base.prompts.train and not heldout_given:
         prompts = dataclasses.replace(prompts, heldout=None)

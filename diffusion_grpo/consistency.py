@@ -34,6 +34,11 @@ def check_consistency(config: Config) -> None:
             f"grpo.kl_target is {options.kl_target}, but grpo.beta is 0; expected the β to start "
             "from, above 0, since it is adapted by factors"
         )
+    if config.eval.stochastic and not rollout.eta:
+        raise UsageError(
+            "eval.stochastic is True, but rollout.eta is 0: without noise there are no densities "
+            "to measure a KL between; expected rollout.eta above 0, or eval.stochastic False"
+        )
     if options.algorithm == "nft":
         _check_nft(config)
     else:

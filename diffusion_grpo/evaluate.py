@@ -36,7 +36,7 @@ from diffusion_grpo.prompts import Prompt
 from diffusion_grpo.reward import RewardSet, Scoring
 from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise
 from diffusion_grpo.schedule import Schedule, make_schedule
-from diffusion_grpo.stats import diversity, monitor
+from diffusion_grpo.stats import by_prompt, diversity, monitor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Evaluation:
         images_per_prompt: images of each prompt, which follow each other.
         tasks: N tasks, where every prompt's metadata have one.
         kl: KL to the reference along stochastic trajectories, a mean over images, if measured.
+        gold: name → weight of those of the scores that are not trained on.
     """
 
     images: np.ndarray
@@ -62,6 +63,16 @@ class Evaluation:
     images_per_prompt: int = 1
     tasks: list[str] | None = None
     kl: float | None = None
+    gold: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """The prompt of each image, `[N]`, counted from 0."""
+        return np.arange(len(self.images)) // self.images_per_prompt
+
+    def error(self, values: np.ndarray) -> float:
+        """Return the standard error of the mean of N numbers, one an image; over prompts."""
+        return standard_error(by_prompt(values, self.groups))
 
     @property
     def reported(self) -> dict[str, np.ndarray]:
@@ -72,17 +83,16 @@ class Evaluation:
         """Return the means of the rewards, and what `stats` measures of the pictures."""
         measured = {
             "reward/mean": float(self.total.mean()),
-            "reward/standard_error": standard_error(self.total),
+            "reward/standard_error": self.error(self.total),
         } | {f"reward/{name}/mean": float(values.mean()) for name, values in self.scores.items()}
         measured |= {name: float(values.mean()) for name, values in monitor(self.images).items()}
         if self.images_per_prompt > 1:
-            groups = np.arange(len(self.images)) // self.images_per_prompt
-            measured["diversity"] = float(diversity(self.images, groups).mean())
+            measured["diversity"] = float(diversity(self.images, self.groups).mean())
         return measured | ({} if self.kl is None else {"kl": self.kl})
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Standard error of a mean, s/√N with the sample standard deviation (divisor N−1)."""
+    """Standard error of the mean of N independent numbers, s/√N (s with the divisor N−1)."""
     if len(values) < 2:
         return math.nan
     return float(values.std(ddof=1) / math.sqrt(len(values)))
@@ -182,6 +192,7 @@ class Evaluator:
             images_per_prompt=self._images_per_prompt,
             tasks=self._tasks,
             kl=self._measure_kl(trained, division.chunks),
+            gold=self._gold.weight_of if self._gold else {},
         )
 
     def _start(self, rewards: RewardSet, own: slice) -> Scoring | DividedScoring:
@@ -282,22 +293,46 @@ def make_trajectory_kl(
         reference: another UNet; without one, the policy's own initial trained parameters.
 
     Returns:
-        (trained, initial, keys, conditioning) → float32 [B], nats.
+        (trained, initial, keys, conditioning, reference_conditioning) → float32 [B], nats; without
+        the last one the reference is conditioned like the policy.
     """
     other = reference or policy
 
     @jax.jit
     def divergence(
-        trained: Any, frozen: Any, fixed: Any, initial: Array, keys: Array, conditioning: Any
+        trained: Any,
+        frozen: Any,
+        fixed: Any,
+        initial: Array,
+        keys: Array,
+        conditioning: Any,
+        reference_conditioning: Any,
     ) -> Array:
+        noisy = policy.noise(trained, schedule)
+
         def step(x_t: Array, i: Array) -> tuple[Array, Array]:
-            now = denoising_step(policy.denoiser(trained, frozen), schedule, i, x_t, conditioning)
-            then = denoising_step(other.denoiser(*fixed), schedule, i, x_t, conditioning)
+            now = denoising_step(policy.denoiser(trained, frozen), noisy, i, x_t, conditioning)
+            then = denoising_step(other.denoiser(*fixed), schedule, i, x_t, reference_conditioning)
             steps = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
             x_s = now[0] + now[1] * initial_noise(steps, x_t.shape[1:])
-            return x_s, gaussian_kl(now[0], then[0], now[1], reduction=reduction)
+            std_q = then[1] if policy.learns_noise else None
+            return x_s, gaussian_kl(now[0], then[0], now[1], reduction=reduction, std_q=std_q)
 
         return jax.lax.scan(step, initial, jnp.arange(schedule.num_steps))[1].sum(axis=0)
 
     frozen, fixed = policy.frozen, (other.trained, other.frozen)
-    return lambda trained, *args: divergence(trained, frozen, fixed, *args)
+
+    def measure(
+        trained: Any,
+        initial: Array,
+        keys: Array,
+        conditioning: Any,
+        reference_conditioning: Any = None,
+    ) -> Array:
+        both = (
+            conditioning,
+            (conditioning if reference_conditioning is None else reference_conditioning),
+        )
+        return divergence(trained, frozen, fixed, initial, keys, *both)
+
+    return measure

@@ -16,9 +16,9 @@ def summarize(evaluation: Evaluation, base: Evaluation | None = None) -> dict[st
 
     Intervals are over prompts (`stats`). `against_base` has the mean difference and the share of
     images that score higher than the base's at the same prompt and seed. `tasks` has each task's
-    mean, where the prompts' metadata have a task.
+    mean, where the prompts' metadata have a task, and `gold` the weight of each gold reward.
     """
-    groups = np.arange(len(evaluation.images)) // evaluation.images_per_prompt
+    groups = evaluation.groups
     names = evaluation.reported
     summary: dict[str, Any] = {
         "images": len(evaluation.images),
@@ -28,6 +28,8 @@ def summarize(evaluation: Evaluation, base: Evaluation | None = None) -> dict[st
             name: _interval(bootstrap_mean(by_prompt(v, groups))) for name, v in names.items()
         },
     }
+    if evaluation.gold:
+        summary["gold"] = dict(evaluation.gold)
     if evaluation.tasks:
         tasks = np.array(evaluation.tasks)
         summary["tasks"] = {
@@ -42,7 +44,7 @@ def summarize(evaluation: Evaluation, base: Evaluation | None = None) -> dict[st
         summary["against_base"] = {}
         for name, values in names.items():
             first = base.reported[name]
-            rate = win_rate(values, first)
+            rate = win_rate(values, first, groups)
             summary["against_base"][name] = {
                 "difference": _interval(bootstrap_mean(by_prompt(values - first, groups))),
                 "win_rate": rate.value,
@@ -73,7 +75,10 @@ def to_markdown(title: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
         sections: a name, such as a model's or a sampler's, to a `summarize`d evaluation.
     """
     lines = [f"# {title}", ""]
-    lines += ["Means with 95 % bootstrap intervals over prompts; win rates with Wilson's.", ""]
+    said = (
+        "Means with 95 % bootstrap intervals over prompts; win rates with Wilson's, also over them."
+    )
+    lines += [said, ""]
     for name, summary in sections.items():
         lines += [
             f"## {name}",

@@ -28,6 +28,9 @@ __all__ = [
 
 Scalar = float | Float[Array, ""]
 
+# The largest exponent of a ratio: e^80 is near the end of float32, and beyond every clip range.
+MAX_LOG_RATIO = 80.0
+
 
 def clipped_surrogate(
     log_ratio: Float[Array, "..."],
@@ -42,7 +45,7 @@ def clipped_surrogate(
     max(−A ρ, −A clip(ρ, 1 − ε_low, 1 + ε_high)) with ρ = exp(log_ratio): no gradient where ρ has
     already moved past the range in the direction that A asks for. With `dual_clip` c the loss of a
     sample with A < 0 is at most −A c, so that one whose ρ grew beyond c pulls no more (dual clip,
-    Ye et al. 2020, eq. 5).
+    Ye et al. 2020, eq. 5). ρ is at most e^80, so that losses and gradients stay finite.
 
     Args:
         log_ratio: log π_θ − log π_old.
@@ -54,7 +57,7 @@ def clipped_surrogate(
     Returns:
         Losses, and whether a branch without gradient is the one taken; same shape.
     """
-    ratio = jnp.exp(log_ratio)
+    ratio = _bounded_ratio(log_ratio)
     free = -advantages * ratio
     bounded = -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     loss, clipped = jnp.maximum(free, bounded), bounded > free
@@ -77,7 +80,7 @@ def masked_surrogate(
     A sample is dropped (loss and gradient 0) where its divergence from the old policy is above the
     limit and A asks to go on in the direction it went: A > 0 and ρ > 1, or A < 0 and ρ < 1. So what
     counts is how far the distribution moved, not how far the ratio of one draw did. Source:
-    divergence PPO's mask, with the KL of the two Gaussians as the divergence.
+    divergence PPO's mask, with the KL of the two Gaussians as the divergence. ρ is at most e^80.
 
     Args:
         log_ratio: log π_θ − log π_old.
@@ -89,7 +92,12 @@ def masked_surrogate(
         Losses, and whether a sample is dropped; same shape.
     """
     dropped = (divergence > limit) & (advantages * log_ratio > 0)
-    return jnp.where(dropped, 0.0, -advantages * jnp.exp(log_ratio)), dropped
+    return jnp.where(dropped, 0.0, -advantages * _bounded_ratio(log_ratio)), dropped
+
+
+def _bounded_ratio(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
+    # An infinite ratio times a gradient of 0, of a sample that is clipped or dropped, is NaN.
+    return jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
 
 
 def guarded_log_ratio(
@@ -125,13 +133,12 @@ def scaled_clip(clip_low: float, clip_high: float, scale: float) -> tuple[float,
     Returns:
         ε_low and ε_high of the scaled range: 1 − (1 − ε_low)^s and (1 + ε_high)^s − 1.
     """
-    # e^80 is near the end of float32, and clips nothing.
-    high = min(scale * math.log1p(clip_high), 80.0)
+    high = min(scale * math.log1p(clip_high), MAX_LOG_RATIO)
     return -math.expm1(scale * math.log1p(-clip_low)), math.expm1(high)
 
 
 def kl_estimate(
-    log_ratio: Float[Array, "..."], kind: Literal["k1", "k2", "k3"]
+    log_ratio: Float[Array, "..."], kind: Literal["k1", "k2", "k3"], *, elements: int = 1
 ) -> Float[Array, "..."]:
     """Estimate KL(π_θ ‖ π_ref) of each sample drawn from π_θ.
 
@@ -142,18 +149,23 @@ def kl_estimate(
     whose expectation is the gradient of KL(π_θ ‖ π_ref); (1 − e^(−δ)) ∇δ for k3, whose expectation
     is the gradient of KL(π_ref ‖ π_θ).
 
+    Log-probs that are means over D elements, not sums, have δ/D for δ. Of it k1 estimates KL/D, and
+    k2 and k3, which are quadratic, are multiplied by D, so that they do so too: k2 as it would, k3
+    up to the third order of δ/D.
+
     Args:
-        log_ratio: δ.
+        log_ratio: δ, or δ/D.
         kind: the estimator.
+        elements: D; 1 where the log-probs are those of densities.
 
     Returns:
-        Estimates in nats, same shape.
+        Estimates in nats, or in nats an element, same shape.
     """
     if kind == "k1":
         return log_ratio
     if kind == "k2":
-        return 0.5 * jnp.square(log_ratio)
-    return jnp.expm1(-log_ratio) + log_ratio
+        return 0.5 * elements * jnp.square(log_ratio)
+    return elements * (jnp.expm1(-log_ratio) + log_ratio)
 
 
 def adapted_beta(beta: float, kl: float, target: float, *, gain: float = 0.1) -> float:

@@ -177,6 +177,8 @@ class GRPOLearner(Learner):
             )
             history.append(metrics)
         history = to_host(history)
+        if options.ratio_base == "old" and len(history) > 1:
+            del history[0]["clip_fraction"]  # ρ is 1 there: nothing can be clipped
         if rollout.kl is not None:
             history = [metrics | {"kl": float(rollout.kl.mean())} for metrics in history]
         if self.policy.learns_noise:

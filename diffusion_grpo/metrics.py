@@ -16,9 +16,9 @@ held-out prompts.
 | `policy_loss` | 1 | the clipped surrogate alone |
 | `kl` | nats* | KL(π_θ ‖ π_ref), as configured; for `nft` mean square difference of outputs |
 | `beta` | 1 | β, the weight of the KL, which a target KL adapts |
-| `approx_kl` | nats* | KL(π_old ‖ π_θ) estimated from the ratios |
+| `approx_kl` | nats* | KL(π_old ‖ π_θ) estimated (k3) from log-probs, of a `ratio`'s steps |
 | `ratio/mean`, `ratio/min`, `ratio/max` | 1 | ρ = π_θ / π_old, or / π_ref by `ratio_base` |
-| `clip_fraction` | share | ratios on the side of the clip range where they have no gradient |
+| `clip_fraction` | share | ratios clipped, so without gradient; in updates where ρ can be ≠ 1 |
 | `entropy` | nats* | of the steps that are learned from, summed |
 | `noise_scale/min`, `noise_scale/max` | 1 | learned factor of the steps' noise |
 | `old_distance` | output² | for `nft`: mean square difference of the outputs to the old policy |

@@ -72,8 +72,14 @@ def check_prompts(
 
     Raises:
         UsageError: a reward cannot judge a prompt, or compares the images of one where there is
-            only one.
+            only one; a gold reward is named like one that is trained on.
     """
+    for name in gold.weight_of if gold is not None else ():
+        if name in rewards.weight_of:
+            raise UsageError(
+                f"eval.gold has a reward that calls itself {name!r}, as one that is trained on "
+                "does; expected different names: rename one"
+            )
     evaluated = heldout[: config.eval.num_prompts]
     training = (prompts, config.rollout.images_per_prompt, "rollout.images_per_prompt")
     evaluation = (evaluated, config.eval.images_per_prompt, "eval.images_per_prompt")

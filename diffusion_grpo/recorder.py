@@ -17,17 +17,33 @@ from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize
 from diffusion_grpo.gallery import Entry, Gallery, contact_sheet
 from diffusion_grpo.report import EARLY_STOP_FILE, write_report
-from diffusion_grpo.reward_specs import short_name, split_weight
 from diffusion_grpo.trackers import make_trackers
 
 REPORT_SECONDS = 60.0  # the least time between two reports
+
+# What `best.json` says where neither best/ nor final/ is the best model.
+UNTRAINED = "the untrained model"
+NOT_KEPT = "not kept (eval.keep_best is False)"
 
 
 class Recorder:
     """Records a run; a context that closes the trackers and writes the last report."""
 
-    def __init__(self, config: Config, directory: Path, *, start: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        *,
+        start: int = 0,
+        gold: Mapping[str, float] | None = None,
+    ) -> None:
         """Open the records of a run, and forget what came after `start` iterations.
+
+        Args:
+            config: the run's.
+            directory: of the run.
+            start: iterations done before.
+            gold: name → weight of the gold rewards, as they are in the evaluations' scores.
 
         Raises:
             UsageError: a tracker that is asked for is not installed.
@@ -36,7 +52,7 @@ class Recorder:
         self.gallery.truncate_after(start)
         (directory / EARLY_STOP_FILE).unlink(missing_ok=True)
         self._directory = directory
-        self._gold = [short_name(split_weight(spec)[0]) for spec in config.eval.gold]
+        self._gold = dict(gold or {})
         self._patience = config.eval.patience
         self._trackers = make_trackers(config, directory, start=start)
         self._report = config.run.report
@@ -89,8 +105,16 @@ class Recorder:
             tracker.scalars(iteration + 1, metrics)
         self.report()
 
-    def evaluation(self, done: int, evaluation: Evaluation) -> dict[str, Any]:
+    def evaluation(
+        self, done: int, evaluation: Evaluation, *, last: bool = False
+    ) -> dict[str, Any]:
         """Record an evaluation after `done` iterations; 0 is the untrained model.
+
+        Args:
+            done: how many.
+            evaluation: what it came to.
+            last: after the last iteration. It goes to the trackers here, as the first does; the
+                numbers of others go with the metrics of their iteration.
 
         Returns:
             Its summary: metrics, intervals and, after the first, the comparison with that one.
@@ -113,7 +137,7 @@ class Recorder:
         sheet = contact_sheet(evaluation.images[:64], 256)[0]
         for tracker in self._trackers:
             tracker.picture(done, "eval/images", sheet)
-            if not done:
+            if last or not done:
                 metrics = evaluation.metrics()
                 tracker.scalars(done, {f"eval/{name}": value for name, value in metrics.items()})
         self.report()
@@ -126,7 +150,8 @@ class Recorder:
     def is_best(self, done: int) -> bool:
         """Whether the evaluation after `done` iterations has the highest mean so far.
 
-        By the gold rewards' mean if there are any, and by the total that is trained on otherwise.
+        By the gold rewards' weighted mean if there are any, and by the total that is trained on
+        otherwise.
         """
         means = {entry.iteration: self._quality(entry) for entry in self._evaluations()}
         return done > 0 and means[done] >= max(means.values())
@@ -139,11 +164,13 @@ class Recorder:
         """
         means = {entry.iteration: self._quality(entry) for entry in self._evaluations()}
         best = max(means, key=lambda iteration: (means[iteration], iteration))
-        where = {0: "the untrained model", done: "final/"}.get(best, "best/")
+        where = {0: UNTRAINED, done: "final/"}.get(best, "best/")
         folder = self._directory / "best"
         if where != "best/" and folder.is_dir():
             shutil.rmtree(folder)
-        found = {"iterations": best, "mean": means[best], "by": self._gold or ["total"]}
+        if where == "best/" and not folder.is_dir():
+            where = NOT_KEPT
+        found = {"iterations": best, "mean": means[best], "by": list(self._gold) or ["total"]}
         text = json.dumps(found | {"model": where}, indent=2)
         (self._directory / "best.json").write_text(text + "\n", encoding="utf-8")
         return f"best held-out mean {means[best]:.4f} after {best} iterations: {where}"
@@ -164,8 +191,9 @@ class Recorder:
         return self.gallery.entries("evaluation")
 
     def _quality(self, entry: Entry) -> float:
-        names = self._gold or ["total"]
-        return float(np.mean([self._mean(entry, name) for name in names]))
+        weights = self._gold or {"total": 1.0}
+        total = sum(weight * self._mean(entry, name) for name, weight in weights.items())
+        return total / sum(map(abs, weights.values()))
 
     def _mean(self, entry: Entry, name: str) -> float:
         return float(np.nanmean(self.gallery.numbers(entry, name)))

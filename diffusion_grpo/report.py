@@ -24,7 +24,6 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Entry, Gallery
 from diffusion_grpo.metrics import METRICS_FILE, metric_meanings, read_metrics
 from diffusion_grpo.report_warnings import run_warnings
-from diffusion_grpo.reward_specs import short_name, split_weight
 
 REPORT_FILE = "report.html"
 EARLY_STOP_FILE = "early_stop.json"
@@ -137,8 +136,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
     text = config.read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     rows = read_metrics(directory)
-    rows = rows[:: max(1, math.ceil(len(rows) / _MAX_POINTS))]
-    gold = [short_name(split_weight(spec)[0]) for spec in values["eval"].get("gold") or ()]
+    gold = _gold(directory)
     stop = directory / EARLY_STOP_FILE
     stopped = json.loads(stop.read_text(encoding="utf-8")) if stop.is_file() else None
     done = rows[-1]["iteration"] + 1 if rows else 0
@@ -151,12 +149,35 @@ def _read_run(directory: Path) -> dict[str, Any]:
         "status": status,
         "iterations": values["run"]["iterations"],
         "config": text,
-        "gold": gold,
+        "gold": list(gold),
         "single": len(values["reward"]["rewards"]) == 1,
         "warnings": ([stopped["reason"]] if stopped else []) + run_warnings(directory, rows, gold),
-        "metrics": _columns(rows),
+        "metrics": _columns(_thinned(rows)),
+        "seconds": _training_seconds(rows, done),
         "rollouts_left_out": 0,
     }
+
+
+def _gold(directory: Path) -> dict[str, float]:
+    """Return name → weight of the gold rewards, as the last evaluation has them."""
+    entries = Gallery(directory).entries("evaluation")
+    return dict((entries[-1].summary or {}).get("gold", {})) if entries else {}
+
+
+def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows enough to draw a curve: at even intervals, the last, and all evaluations."""
+    every = max(1, math.ceil(len(rows) / _MAX_POINTS))
+    return [
+        row
+        for number, row in enumerate(rows)
+        if number % every == 0 or row is rows[-1] or any(name.startswith("eval/") for name in row)
+    ]
+
+
+def _training_seconds(rows: list[dict[str, Any]], done: int) -> float | None:
+    """Return how long the iterations took; those without a row as long as the others."""
+    times = [row["time/iteration"] for row in rows if "time/iteration" in row]
+    return sum(times) / len(times) * done if times else None
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from diffusion_grpo.gallery import Entry, Gallery
 _LAST = 10  # iterations that a warning about the present state looks at
 
 
-def run_warnings(directory: Path, rows: Sequence[dict[str, Any]], gold: Sequence[str]) -> list[str]:
+def run_warnings(
+    directory: Path, rows: Sequence[dict[str, Any]], gold: Mapping[str, float]
+) -> list[str]:
     """Return the warnings, most serious first.
 
     Args:
         directory: the run's.
         rows: the lines of `metrics.jsonl`.
-        gold: the names of the gold rewards.
+        gold: name → weight of the gold rewards; below 0, less is better.
     """
     found = []
     for row in rows:
@@ -56,7 +58,7 @@ def _recent(rows: Sequence[dict[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _hacking(directory: Path, gold: Sequence[str]) -> list[str]:
+def _hacking(directory: Path, gold: Mapping[str, float]) -> list[str]:
     """Return signs that the reward rose at the cost of what it stands for."""
     gallery = Gallery(directory)
     evaluations = gallery.entries("evaluation")
@@ -69,11 +71,12 @@ def _hacking(directory: Path, gold: Sequence[str]) -> list[str]:
         return float(np.nanmean(gallery.numbers(entry, name)))
 
     rose = mean(last, "total") > mean(first, "total")
-    for name in gold:
-        if name in first.scores and rose and mean(last, name) < mean(first, name):
+    for name, weight in gold.items():
+        got_worse = weight * mean(last, name) < weight * mean(first, name)
+        if rose and got_worse:
             found.append(
-                f"the gold reward {name} fell from {mean(first, name):.4g} to "
-                f"{mean(last, name):.4g} while the trained reward rose: it may be being hacked; "
+                f"the gold reward {name} {'fell' if weight > 0 else 'rose'} from "
+                f"{mean(first, name):.4g} to {mean(last, name):.4g} while the trained reward rose: it may be being hacked; "
                 "raise grpo.beta, stop earlier, or take the best checkpoint"
             )
     measured = [(entry.summary or {}).get("metrics", {}) for entry in evaluations]

@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_grpo import processes
 from diffusion_grpo.advantages import uninformative_groups
 from diffusion_grpo.config import Config
-from diffusion_grpo.evaluate import Evaluation, standard_error
+from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
 from diffusion_grpo.grids import before_after_grid, image_grid
 from diffusion_grpo.images import save_image
@@ -28,10 +28,16 @@ from diffusion_grpo.text_encoding import pipeline_parts
 
 
 def update_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Reduce an iteration's updates: the ratio's extremes, how many were skipped, else means."""
+    """Reduce an iteration's updates: the ratio's extremes, how many were skipped, else means.
+
+    A mean is over the updates that have the number.
+    """
     reduce = {"ratio/min": np.min, "ratio/max": np.max, "skipped": np.sum}
     names = history[-1].keys()
-    return {name: float(reduce.get(name, np.mean)([h[name] for h in history])) for name in names}
+    return {
+        name: float(reduce.get(name, np.mean)([h[name] for h in history if name in h]))
+        for name in names
+    }
 
 
 def zero_groups(scores: Mapping[str, np.ndarray], kept: np.ndarray, group_size: int) -> float:
@@ -45,7 +51,7 @@ def zero_groups(scores: Mapping[str, np.ndarray], kept: np.ndarray, group_size: 
 def describe(evaluation: Evaluation, when: str) -> str:
     """Return one line: each reward's mean with its standard error."""
     parts = [
-        f"{name} {values.mean():.4f} ± {standard_error(values):.4f}"
+        f"{name} {values.mean():.4f} ± {evaluation.error(values):.4f}"
         for name, values in evaluation.reported.items()
     ]
     return f"evaluation, {when}: " + ", ".join(parts)
@@ -88,11 +94,11 @@ def save_results(config: Config, directory: Path, before: Evaluation, after: Eva
     summary = {
         name: {
             "before": float(first.mean()),
-            "before_standard_error": standard_error(first),
+            "before_standard_error": before.error(first),
             "after": float(ends[name].mean()),
-            "after_standard_error": standard_error(ends[name]),
+            "after_standard_error": after.error(ends[name]),
             "difference": float((ends[name] - first).mean()),
-            "difference_standard_error": standard_error(ends[name] - first),
+            "difference_standard_error": after.error(ends[name] - first),
         }
         for name, first in before.reported.items()
     }

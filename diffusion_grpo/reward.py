@@ -180,6 +180,11 @@ class RewardSet:
                     "an image scores there depends on the others; leave it out"
                 )
 
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """Name → weight."""
+        return dict(zip((reward.name for reward in self.rewards), self.weights, strict=True))
+
     @classmethod
     def load(
         cls,

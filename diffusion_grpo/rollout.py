@@ -57,8 +57,9 @@ class Trajectory(NamedTuple):
 def guided(unet_apply: UNetApply, guidance_scale: float) -> Denoiser:
     """Return the denoiser with classifier-free guidance, ε_u + s (ε_c − ε_u) (Ho & Salimans 2022).
 
-    The unconditional and the conditional half go through the UNet in one call, uncond first. At
-    guidance_scale 1 the unconditional half would cancel, and is not computed.
+    The unconditional and the conditional half go through the UNet in one call, uncond first. Up to
+    guidance_scale 1 there is no guidance, as in Diffusers: the output is ε_c, and ε_u is not
+    computed. (Distilled models are meant to be drawn at 0.)
 
     Args:
         unet_apply: (sample, timesteps [B], conditioning) -> output.
@@ -74,7 +75,7 @@ def guided(unet_apply: UNetApply, guidance_scale: float) -> Denoiser:
         prompts, negative = conditioning
         batch = latents.shape[0]
         timesteps = jnp.broadcast_to(timestep, (batch,))
-        if guidance_scale == 1:
+        if guidance_scale <= 1:
             return unet_apply(latents, timesteps, prompts).astype(jnp.float32)
         output = unet_apply(
             jnp.concatenate([latents, latents]),

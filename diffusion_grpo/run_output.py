@@ -40,6 +40,7 @@ class RunOutput:
         start: int,
         quiet: bool,
         verbose: bool,
+        gold: Mapping[str, float] | None = None,
     ) -> None:
         """Prepare.
 
@@ -50,7 +51,9 @@ class RunOutput:
             start: iterations done before.
             quiet: show no progress.
             verbose: show every iteration.
+            gold: name → weight of the gold rewards.
         """
+        self._gold = gold
         self._config, self._directory, self._start = config, directory, start
         self._log, self._recorder = log, None
         self._progress = Progress(
@@ -68,7 +71,9 @@ class RunOutput:
                 stack.enter_context(self._log)
             stack.enter_context(self._progress)
             if self._log is not None:
-                recorder = Recorder(self._config, self._directory, start=self._start)
+                recorder = Recorder(
+                    self._config, self._directory, start=self._start, gold=self._gold
+                )
                 self._recorder = stack.enter_context(recorder)
             self._stack = stack.pop_all()
         return self
@@ -178,7 +183,7 @@ class RunOutput:
         """Record the last evaluation, and write what the run came to."""
         self.message(describe(after, "after"))
         if self._recorder is not None:
-            self._recorder.evaluation(done, after)
+            self._recorder.evaluation(done, after, last=True)
             save_results(self._config, self._directory, before, after)
 
     def settle(self, done: int) -> None:

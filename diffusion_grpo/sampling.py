@@ -28,7 +28,7 @@ class SamplingDefaults(Section):
     section_name: ClassVar[str] = "sampling"
 
     guidance_scale: float = 5.0
-    """s, classifier-free guidance; 1 switches it off."""
+    """s, classifier-free guidance; 1 or less switches it off."""
     num_steps: int = 50
     """T, denoising steps of deterministic DDIM."""
     clip_skip: int = 0

@@ -112,7 +112,7 @@ class RolloutConfig(Section):
     eta: float = 1.0
     """η, the noise of a step: 0 is deterministic DDIM (no log-prob), 1 ancestral sampling."""
     guidance_scale: float = SamplingDefaults.guidance_scale
-    """s, classifier-free guidance in sampling, update and evaluation; 1 switches it off."""
+    """s, classifier-free guidance in sampling, update and evaluation; up to 1 it is off."""
     negative_prompt: str = ""
     """Text of the unconditional half of the guidance."""
     microbatch: int = 16
@@ -169,7 +169,7 @@ class RewardConfig(Section):
     """NAME or NAME=WEIGHT each: a built-in reward, FILE.py[:FUNCTION], package.module:name, or the
     URL of a reward server."""
     options: tuple[str, ...] = ()
-    """NAME.OPTION=VALUE each, such as clip.model=shapes-clip: an option of one of the rewards."""
+    """NAME.OPTION=VALUE each, such as clip.model=shapes-clip; laid over those of a preset."""
     combine: Literal["weighted", "min", "ensemble"] = "weighted"
     """One number of several rewards, each times its weight: their sum, the smallest of them, or
     their mean less pessimism times their standard deviation."""
@@ -218,9 +218,9 @@ class EvalConfig(Section):
     seed: int = 0
     """Seed of the initial noise, independent of run.seed, so that runs can be compared."""
     gold: tuple[str, ...] = ()
-    """Rewards that training never sees, in the form of reward.rewards."""
+    """Rewards that training never sees, in the form of reward.rewards; below 0, less is better."""
     stochastic: bool = False
-    """Also measure the KL to the reference, along trajectories of the training sampler."""
+    """Also measure the KL to the reference, with the rollout's T and η, noise in all steps."""
     keep_best: bool = True
     """Keep the model with the best held-out mean under best/: gold if there is one, else total."""
     patience: int = 0

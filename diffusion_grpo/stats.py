@@ -65,21 +65,39 @@ def bootstrap_mean(
     return Interval(mean, float(low), float(high))
 
 
-def win_rate(first: Float[np.ndarray, " N"], second: Float[np.ndarray, " N"]) -> Interval:
+def win_rate(
+    first: Float[np.ndarray, " N"],
+    second: Float[np.ndarray, " N"],
+    groups: Sequence[int] | np.ndarray | None = None,
+) -> Interval:
     """Return how often `first` is above `second`, pair by pair, with Wilson's score interval.
 
-    A tie is half a win. p̃ ± z √(p(1−p)/N + z²/4N²) / (1 + z²/N) around
-    p̃ = (p + z²/2N) / (1 + z²/N) (Wilson 1927), z the normal quantile of the level.
+    A tie is half a win. p̃ ± z √(p(1−p)/n + z²/4n²) / (1 + z²/n) around
+    p̃ = (p + z²/2n) / (1 + z²/n) (Wilson 1927), z the normal quantile of the level.
+
+    n is N where each prompt has one image. Images of one prompt are not independent: of P prompts
+    n = p(1−p) P/s², at least P and at most N, with s² the variance of the prompts' own rates, so
+    that the interval is as wide as that of their mean (effective sample size, Korn & Graubard
+    1998); P where p is 0 or 1.
 
     Args:
         first: N scores.
         second: N scores of the same prompts and seeds.
+        groups: the prompt of each image; None where each has its own.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    count = len(first)
+    count: float = len(first)
     if not count:
         return Interval(math.nan, math.nan, math.nan)
-    rate = float((first > second).mean() + 0.5 * (first == second).mean())
+    won = (first > second) + 0.5 * (first == second)
+    rate = float(won.mean())
+    if groups is not None:
+        rates = by_prompt(won, groups)
+        variance = float(rates.var(ddof=1)) if len(rates) > 1 else math.inf
+        if not 0 < rate < 1:
+            count = len(rates)
+        elif variance:
+            count = min(count, max(len(rates), rate * (1 - rate) * len(rates) / variance))
     z = 1.959963984540054  # Φ⁻¹(0.975)
     shrink = 1 + z**2 / count
     center = (rate + z**2 / (2 * count)) / shrink

@@ -156,7 +156,15 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
         lock,
         explained(directory, checkpoints, again),
         closed(checkpoints),
-        RunOutput(config, directory, log, start=start, quiet=quiet, verbose=verbose) as output,
+        RunOutput(
+            config,
+            directory,
+            log,
+            start=start,
+            quiet=quiet,
+            verbose=verbose,
+            gold=gold.weight_of if gold else None,
+        ) as output,
         StopRequest() as stop,
     ):
         for note in notes:
@@ -265,8 +273,9 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             done = iteration + 1
             output.rollout(iteration, images, texts, result, advantages)
             stopped = quality = None
+            evaluated = evaluation_due(config, done)
             try:
-                if evaluation_due(config, done):
+                if evaluated:
                     with (
                         checkpoints.kept(done, leaves(state), resume=again),
                         phase("evaluation"),
@@ -276,7 +285,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                     if quality is not None:
                         export(config, model, policy, state.train.evaluated, directory / "best")
             finally:  # the iteration is done, whatever comes of its evaluation
-                if done % config.run.log_every == 0:
+                if evaluated or done % config.run.log_every == 0:
                     output.metrics(iteration, metrics)
             if config.run.sample_every and done % config.run.sample_every == 0:
                 each = [prompt.text for _, prompt in batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,16 @@ from diffusion_grpo.schedule import Schedule, flow_step_sizes
 
 KL = Literal["exact", "k1", "k2", "k3", "flow_grpo"]
 ESTIMATORS = ("k1", "k2", "k3")
+
+
+def averaged_elements(reduction: Reduction, latents: Float[Array, "..."]) -> int:
+    """Return over how many elements a step's log-prob is a mean; 1 for a sum.
+
+    Args:
+        reduction: of the log-prob over the latent.
+        latents: of a trajectory, `[T+1, B, h, w, c]`.
+    """
+    return math.prod(latents.shape[2:]) if reduction == "mean" else 1
 
 
 class PolicySteps(NamedTuple):
@@ -203,5 +214,5 @@ def trajectory_kl(
     total, _ = jax.lax.scan(step, jnp.zeros(latents.shape[1], jnp.float32), active)
     if kind in ESTIMATORS:
         estimator: Any = kind
-        return kl_estimate(total, estimator)
+        return kl_estimate(total, estimator, elements=averaged_elements(reduction, latents))
     return total / jnp.float32(active.shape[0]) if kind == "flow_grpo" else total

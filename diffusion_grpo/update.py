@@ -46,7 +46,7 @@ from diffusion_grpo.mesh import (
 from diffusion_grpo.rollout import Denoiser, denoising_step
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.steps import Ratio, StepPlan
-from diffusion_grpo.trajectories import ESTIMATORS, KL, UpdateBatch, step_kl
+from diffusion_grpo.trajectories import ESTIMATORS, KL, UpdateBatch, averaged_elements, step_kl
 
 # (trained parameters, frozen parameters) → the policy's denoiser
 Policy = Callable[[Any, Any], Denoiser]
@@ -183,6 +183,9 @@ def compile_loss(
         mean, std = denoising_step(denoiser, noisy, i, x_t, mb.conditioning)
         return gaussian_log_prob(x_s, mean, std, reduction=config.reduction), mean, std
 
+    def elements(mb: UpdateBatch) -> int:
+        return averaged_elements(config.reduction, mb.trajectory.latents)
+
     def surrogate(log_ratio: Array, advantages: Array, plan: StepPlan) -> tuple[Array, Array]:
         loss, clipped = clipped_surrogate(
             log_ratio,
@@ -227,12 +230,13 @@ def compile_loss(
             (loss, clipped), pull = jax.value_and_grad(surrogate, has_aux=True)(
                 log_ratio, mb.advantages, plan
             )
-            metrics = ratio_metrics(log_ratio, clipped, weighted) | {"policy_loss": loss}
+            metrics = ratio_metrics(log_ratio, clipped, plain, elements(mb))
+            metrics |= {"policy_loss": loss}
         if config.kl in ESTIMATORS:
             kind: Any = config.kl
-            kl, kl_pull = jax.value_and_grad(lambda delta: kl_estimate(delta, kind).sum())(
-                plain + to_reference(mb, plan.active)
-            )
+            kl, kl_pull = jax.value_and_grad(
+                lambda delta: kl_estimate(delta, kind, elements=elements(mb)).sum()
+            )(plain + to_reference(mb, plan.active))
             kl_pull = beta * kl_pull
             metrics = metrics | {"kl": kl}
         return by_rows(Pulls(pull, kl_pull, weighted)), replicated(metrics)
@@ -271,7 +275,8 @@ def compile_loss(
         else:
             loss, clipped = surrogate(log_ratio, advantages, plan)
         loss = plan.weights[i] * loss
-        return loss, ratio_metrics(log_ratio, clipped, from_old) | {"policy_loss": loss}
+        metrics = ratio_metrics(log_ratio, clipped, from_old, elements(mb))
+        return loss, metrics | {"policy_loss": loss}
 
     @partial(jax.jit, donate_argnums=0)
     def accumulate(

@@ -8,6 +8,7 @@ import yaml
 from diffusion_grpo.config import (
     PRESETS,
     Config,
+    EvalConfig,
     GRPOOptions,
     ModelConfig,
     PromptsConfig,
@@ -245,6 +246,10 @@ def test_value_out_of_bounds_is_refused_by_name(section, values):
     ("config", "message"),
     [
         (
+            Config(eval=EvalConfig(stochastic=True), rollout=RolloutConfig(eta=0.0)),
+            "eval.stochastic is True, but rollout.eta is 0",
+        ),
+        (
             Config(rollout=RolloutConfig(microbatch=24)),
             "rollout.microbatch is 24, but an iteration has 8 prompts x 8 images = 64 images; "
             "expected a divisor of 64, the nearest are 16 and 32",
@@ -346,10 +351,23 @@ def test_replaced_reward_takes_its_inherited_options_along(tmp_path):
     assert [spec.options for spec in as_gold.gold_rewards()] == [{"model": "shapes-clip"}]
 
 
+def test_options_of_rewards_are_laid_over_those_of_the_preset_one_by_one(tmp_path):
+    gold, model = "shapes.partial_credit=false", "clip.model=shapes-clip"
+    scaled = load_config("demo", ["--reward.options", "clip.scale=logit"])
+    assert scaled.reward.options == (model, gold, "clip.scale=logit")
+    other = load_config("demo", ["--reward.options", "clip.model=mine"])
+    assert other.reward.options == (gold, "clip.model=mine")
+    same = load_config("demo", ["--reward.options", model])
+    assert sorted(same.reward.options) == sorted((model, gold))
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: demo\nreward:\n  options: [clip.scale=logit]\n")
+    assert load_config(str(file)) == scaled
+
+
 def test_weights_and_options_reach_the_reward_specs():
     flags = ["--reward", "clip=0.5", "a/my.py:f=-2", "--reward.options", "f.scale=3"]
     first, second = load_config("demo", flags).training_rewards()
-    assert (first.name, first.weight, first.options) == ("clip", 0.5, {})
+    assert (first.name, first.weight, first.options) == ("clip", 0.5, {"model": "shapes-clip"})
     assert (second.spec, second.weight, second.options) == ("a/my.py:f", -2.0, {"scale": "3"})
     assert Config().gold_rewards() == []
 

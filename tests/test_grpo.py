@@ -49,6 +49,35 @@ def test_gradient_at_ratio_one_is_minus_the_advantage():
     assert (jax.grad(loss)(jnp.zeros(3)) == -a).all()
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_beyond_float32_has_the_gradient_of_ppo(advantage):
+    # In float64 e^100 is finite; PyTorch differentiates it there.
+    x = torch.tensor([100.0], dtype=torch.float64, requires_grad=True)
+    ratio, dual = x.exp(), 3.0
+    loss = torch.maximum(-advantage * ratio, -advantage * torch.clamp(ratio, 0.9, 1.2))
+    if advantage < 0:
+        loss = torch.minimum(loss, torch.tensor(-advantage * dual, dtype=torch.float64))
+    loss.sum().backward()
+
+    def ours(x):
+        losses, _ = clipped_surrogate(
+            x, jnp.asarray([advantage]), clip_low=0.1, clip_high=0.2, dual_clip=dual
+        )
+        return losses.sum()
+
+    value, slope = jax.value_and_grad(ours)(jnp.asarray([100.0]))
+    assert float(value) == pytest.approx(loss.item(), rel=1e-6)
+    assert float(slope[0]) == x.grad.item() == 0
+
+
+def test_a_dropped_sample_whose_ratio_is_beyond_float32_has_no_gradient():
+    def ours(x):
+        one = jnp.asarray([1.0])
+        return masked_surrogate(x, one, one, limit=0.5)[0].sum()
+
+    assert float(jax.grad(ours)(jnp.asarray([100.0]))[0]) == 0
+
+
 def test_kl_estimators_against_the_closed_form():
     # KL(N(m, 1) ‖ N(0, 1)) = m²/2, with samples of the first
     m, n = 0.3, 400_000

@@ -50,7 +50,7 @@ def config(tmp_path, **fields):
 
 def test_best_model_is_that_of_the_gold_reward_and_the_reason_to_stop_is_kept(tmp_path):
     settings = config(tmp_path, gold=("shapes",), patience=1)
-    with Recorder(settings, tmp_path) as recorder:
+    with Recorder(settings, tmp_path, gold={"shapes": 1.0}) as recorder:
         recorder.evaluation(0, evaluation([0.1, 0.2], [0.5, 0.5]))
         assert recorder.stop_reason() is None
         recorder.evaluation(2, evaluation([0.2, 0.3], [0.6, 0.6]))
@@ -63,7 +63,8 @@ def test_best_model_is_that_of_the_gold_reward_and_the_reason_to_stop_is_kept(tm
         assert json.loads((tmp_path / "early_stop.json").read_text())["reason"] == reason
         assert "after 2 iterations: best/" in recorder.settle_best(4)
         assert (tmp_path / "best").is_dir()
-    with Recorder(settings, tmp_path, start=2) as recorder:  # resumed: what came after is gone
+    # resumed: what came after is gone
+    with Recorder(settings, tmp_path, start=2, gold={"shapes": 1.0}) as recorder:
         assert not (tmp_path / "early_stop.json").exists()
         recorder.evaluation(0, evaluation([0.1, 0.2], [0.5, 0.5]))
         recorder.evaluation(4, evaluation([0.4, 0.5], [0.9, 0.9]))
@@ -71,6 +72,39 @@ def test_best_model_is_that_of_the_gold_reward_and_the_reason_to_stop_is_kept(tm
         assert not (tmp_path / "best").exists()
         iterations = [entry.iteration for entry in recorder.gallery.entries("evaluation")]
         assert iterations == [0, 2, 4]
+
+
+def test_the_best_model_is_that_of_the_weighted_gold_rewards(tmp_path):
+    golds = {"shapes": -3.0, "clip": 1.0}  # of the first, less is better
+    with Recorder(config(tmp_path), tmp_path, gold=golds) as recorder:
+        recorder.evaluation(0, evaluation([0.2, 0.2], [0.5, 0.5]))
+        recorder.evaluation(2, evaluation([0.1, 0.1], [0.4, 0.4]))
+        assert recorder.quality(2) == pytest.approx((-3 * 0.4 + 0.1) / 4)
+        assert recorder.is_best(2)
+        recorder.evaluation(4, evaluation([0.3, 0.3], [0.5, 0.5]))
+        assert not recorder.is_best(4)
+        # it was not kept, so that nothing may be taken for it
+        assert "after 2 iterations: not kept" in recorder.settle_best(4)
+    found = json.loads((tmp_path / "best.json").read_text())
+    assert found["model"] == "not kept (eval.keep_best is False)" and found["iterations"] == 2
+
+
+def test_trackers_have_the_evaluations_before_and_after(tmp_path):
+    with Recorder(config(tmp_path), tmp_path) as recorder:
+        recorder.evaluation(0, evaluation([0.1, 0.3]))
+        recorder.evaluation(4, evaluation([0.5, 0.7]), last=True)
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(e.step, round(e.value, 4)) for e in read.Scalars("eval/reward/mean")]
+    assert found == [(0, 0.2), (4, 0.6)]
+
+
+def test_errors_are_over_prompts(tmp_path):
+    one = evaluation([0.1, 0.5, 0.3, 0.9], each=1)
+    repeated = evaluation(np.repeat([0.1, 0.5, 0.3, 0.9], 5), each=5)
+    want = np.std([0.1, 0.5, 0.3, 0.9], ddof=1) / 2
+    for found in (one, repeated):
+        assert found.error(found.total) == pytest.approx(want)
+        assert found.metrics()["reward/standard_error"] == pytest.approx(want)
 
 
 def test_summary_compares_the_same_prompts_and_seeds(tmp_path):

@@ -266,9 +266,32 @@ def test_a_hacked_reward_is_told(tmp_path):
     last["scores"] = first["scores"] | {"shapes": [0.2] * 4, "total": [0.95] * 4}
     last["summary"] = {"metrics": {"diversity": 0.1}}
     index.write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
-    found = run_warnings(directory, read_metrics(directory), ["shapes"])
+    found = run_warnings(directory, read_metrics(directory), {"shapes": 1.0})
     assert "gold reward shapes fell from 0.9 to 0.2 while" in found[0]
     assert "diversity of a prompt's images fell from 0.3 to 0.1" in found[1]
+    # of a reward with a weight below 0, less is better: nothing got worse
+    assert not any("gold" in text for text in run_warnings(directory, [], {"shapes": -1.0}))
+
+
+def test_a_long_run_loses_no_evaluation_no_warning_and_no_time(tmp_path):
+    directory = record_run(tmp_path / "run", iterations=1, heldout=4)
+    with MetricsLog(directory) as log:
+        for iteration in range(1, 6001):
+            row = {"time/iteration": 2.0, "skipped": iteration % 2}
+            log.write(iteration, row | ({"eval/reward/mean": 0.5} if iteration % 1001 == 0 else {}))
+    data = report_data([directory])["runs"][0]
+    metrics = data["metrics"]
+    assert 2000 <= len(metrics["iteration"]) <= 2010 and metrics["iteration"][-1] == 6000
+    evaluated = [
+        i for i, v in zip(metrics["iteration"], metrics["eval/reward/mean"], strict=True) if v
+    ]
+    assert [i for i in evaluated if i] == [1001, 2002, 3003, 4004, 5005]
+    assert data["seconds"] == pytest.approx(21.0 + 12_000)
+    assert any("3000 updates were skipped" in text for text in data["warnings"])
+    # as many iterations of which every second one was written took as long
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    (directory / "metrics.jsonl").write_text("\n".join(lines[2::2]) + "\n")
+    assert report_data([directory])["runs"][0]["seconds"] == pytest.approx(6001 * 2.0)
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

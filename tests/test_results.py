@@ -9,7 +9,7 @@ from PIL import Image
 from diffusion_grpo.config import Config, EvalConfig, PromptsConfig
 from diffusion_grpo.evaluate import Evaluation, describe_list
 from diffusion_grpo.grids import before_after_grid
-from diffusion_grpo.results import describe, save_results
+from diffusion_grpo.results import describe, save_results, update_metrics
 
 
 def evaluation(shift=0.0, names=("clip",), trained_on=1):
@@ -70,3 +70,15 @@ def test_the_total_is_told_only_where_it_sums_several_rewards(saved, names, trai
     assert rewards[reported[0]]["before"] == 1.0
     assert ("total" in describe(before, "before")) == ("total" in reported)
     assert "clip 1.0000" in describe(before, "before")
+
+
+def test_an_iteration_s_metrics_are_means_over_the_updates_that_have_them():
+    first = {"ratio/min": 1.0, "ratio/max": 1.0, "skipped": 1, "loss": 1.0}
+    second = {"ratio/min": 0.5, "ratio/max": 3.0, "skipped": 1, "loss": 2.0, "clip_fraction": 0.9}
+    assert update_metrics([first, second]) == {
+        "ratio/min": 0.5,
+        "ratio/max": 3.0,
+        "skipped": 2,
+        "loss": 1.5,
+        "clip_fraction": 0.9,
+    }

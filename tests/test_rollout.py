@@ -232,13 +232,13 @@ def test_guidance_equals_two_calls_of_the_network():
     timesteps = jnp.full((BATCH,), 499, jnp.int32)
     conditional = network(x, timesteps, prompt)
     unconditional = network(x, timesteps, jnp.repeat(negative, BATCH, axis=0))
-    for scale in (0.0, 1.0, 4.5):
-        want = unconditional + scale * (conditional - unconditional)
+    for scale in (0.0, 0.5, 1.0, 4.5):  # Diffusers: no guidance up to 1, the prompt alone
+        want = unconditional + max(scale, 1.0) * (conditional - unconditional)
         got = guided(network, scale)(x, timestep, (prompt, negative))
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("scale", "rows"), [(1.0, BATCH), (1, BATCH), (2.0, 2 * BATCH)])
+@pytest.mark.parametrize(("scale", "rows"), [(1.0, BATCH), (0, BATCH), (2.0, 2 * BATCH)])
 def test_guidance_is_one_call_of_the_network_and_none_in_vain(scale, rows):
     calls = []
 

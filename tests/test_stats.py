@@ -47,6 +47,31 @@ def test_a_tie_is_half_a_win():
     assert win_rate(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 2.0, 3.0, 9.0])).value == 0.5
 
 
+def test_win_rate_of_images_that_repeat_their_prompt_s_has_the_interval_of_the_prompts():
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=40)
+    groups = np.repeat(np.arange(40), 8)
+    alone = win_rate(first, np.zeros(40))
+    repeated = win_rate(np.repeat(first, 8), np.zeros(320), groups)
+    assert repeated.value == alone.value
+    np.testing.assert_allclose([repeated.low, repeated.high], [alone.low, alone.high], atol=1e-12)
+    all_won = win_rate(np.ones(320), np.zeros(320), groups)
+    wilson = scipy_stats.binomtest(40, 40).proportion_ci(method="wilson")
+    np.testing.assert_allclose([all_won.low, all_won.high], [wilson.low, wilson.high], atol=1e-12)
+
+
+def test_win_rate_s_interval_covers_what_it_says_whatever_the_images_of_a_prompt_share():
+    # 60 prompts of 6 images whose scores share a part; the true rate is a half by symmetry.
+    rng, groups = np.random.default_rng(1), np.repeat(np.arange(60), 6)
+    for shared in (0.0, 0.5, 2.0):
+        covered = 0
+        for _ in range(400):
+            scores = shared * np.repeat(rng.normal(size=60), 6) + rng.normal(size=360)
+            interval = win_rate(scores, np.zeros(360), groups)
+            covered += interval.low <= 0.5 <= interval.high
+        assert 0.90 < covered / 400 < 0.99, shared
+
+
 def test_images_of_a_prompt_are_averaged_in_the_order_of_the_prompts():
     values = by_prompt(np.array([1.0, 5.0, 3.0, 7.0]), [2, 0, 2, 0])
     assert values.tolist() == [6.0, 2.0]

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
-from tiny_policy import CONDITION, SCHEDULE, SCHEDULER, B, T, noise, policy
+from tiny_policy import CONDITION, SCHEDULE, SCHEDULER, SIZE, B, T, noise, policy
 
 from diffusion_grpo.schedule import alphas_cumprod, step_distribution
 
@@ -63,11 +63,13 @@ def whole_loss(params, config, plan, beta, batch):
         rho = jnp.exp(total)
         losses.append(clipped(rho, a, plan.clip_low, plan.clip_high, plan.dual_clip).mean())
     delta = sum(logs[i] - batch.reference.log_probs[i] for i in active)
+    # k2 of the density's log-ratio, shared out like the exact KL; k3 likewise for small changes
+    share = SIZE if config.reduction == "mean" else 1
     kl = {
         None: jnp.zeros(B),
         "k1": delta,
-        "k2": delta**2 / 2,
-        "k3": jnp.exp(-delta) - 1 + delta,
+        "k2": (share * delta) ** 2 / 2 / share,
+        "k3": (jnp.exp(-delta) - 1 + delta) * share,
         "exact": sum(kls),
         "flow_grpo": sum(kls),
     }[config.kl]

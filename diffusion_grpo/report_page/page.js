@@ -106,8 +106,7 @@ function summary() {
   card("iterations", `${rows.length ? rows.at(-1) + 1 : 0} of ${r.iterations}`, r.status);
   const of = (name) => (r.metrics[name] || []).filter((x) => x !== null);
   if (of("kl").length) card("KL to the reference", number(of("kl").at(-1), 3), "last iteration");
-  const seconds = of("time/iteration").reduce((a, b) => a + b, 0);
-  if (seconds) card("training time", duration(seconds), `${number(of("images_per_second").at(-1), 3)} images/s`);
+  if (r.seconds) card("training time", duration(r.seconds), `${number(of("images_per_second").at(-1), 3)} images/s`);
   $("summary").replaceChildren(...cards);
   $("warnings").hidden = !r.warnings.length;
   $("warnings").querySelector("ul").replaceChildren(...r.warnings.map((text) => el("li", {}, text)));
