@@ -15,12 +15,14 @@ import numpy as np
 from flax import nnx
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.hub import Layout, hub_patterns
+from diffusion_grpo.hub import WEIGHTS, Layout, hub_patterns, weight_patterns
 from diffusion_grpo.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from diffusion_grpo.resources import resolve_checkpoint
 from diffusion_grpo.tensor_files import (
     DIFFUSERS_STEM,
+    has_variant,
     read_safetensors,
+    variants_of,
     write_safetensors,
 )
 from diffusion_grpo.tensors import load_tensors, module_tensors
@@ -58,6 +60,8 @@ def local_directory(
 ) -> Path:
     """Resolve a directory, the name of a shipped checkpoint, or a hub id to a local directory.
 
+    A pipeline's component that has no files of the variant is read without it, as Diffusers does.
+
     Args:
         name_or_path: what to resolve.
         revision: of a hub repository: a branch, tag or commit.
@@ -67,8 +71,8 @@ def local_directory(
             downloaded.
 
     Raises:
-        UsageError: there is no such directory and the hub has no such id or cannot be reached; or a
-            revision is asked of a directory.
+        UsageError: there is no such directory and the hub has no such id or cannot be reached; a
+            revision is asked of a directory; or no component of a pipeline has the variant.
     """
     place = resolve_checkpoint(str(name_or_path))
     if isinstance(place, Path):
@@ -77,13 +81,20 @@ def local_directory(
                 f"revision is {revision!r}, but checkpoint {str(name_or_path)!r} is a directory "
                 "here, which has none; leave the revision out"
             )
+        if layout == "diffusers":
+            _without_variant(place, variant, str(name_or_path))
         return place
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = hub_patterns(layout, variant)
     try:
-        return Path(snapshot_download(place, revision=revision, allow_patterns=patterns))
+        directory = Path(snapshot_download(place, revision=revision, allow_patterns=patterns))
+        # Named by its commit: what is fetched then is of the same one.
+        if layout == "diffusers" and (parts := _without_variant(directory, variant, place)):
+            plain = weight_patterns(parts)
+            snapshot_download(place, revision=directory.name, allow_patterns=plain)
+        return directory
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         of = "" if revision is None else f" (revision {revision!r})"
         if isinstance(error, LocalEntryNotFoundError):
@@ -98,6 +109,26 @@ def local_directory(
             "network, HF_TOKEN for a private repository, or download it first and give the "
             "directory"
         ) from None
+
+
+def _without_variant(directory: Path, variant: str | None, name: str) -> list[str]:
+    """Return the components of a pipeline that have no files of a variant; `name` is told.
+
+    Raises:
+        UsageError: none has any.
+    """
+    if variant is None:
+        return []
+    parts = [part for part in WEIGHTS if (directory / part).is_dir()]
+    lacking = [part for part in parts if not has_variant(directory / part, variant)]
+    if lacking and lacking == parts:
+        there = sorted({other for part in parts for other in variants_of(directory / part)})
+        raise UsageError(
+            f"variant is {variant!r}, but no component of the checkpoint {name!r} has safetensors "
+            f"of it; expected {' or '.join(there) or 'another'}, or leave the variant out to read "
+            "the files without one"
+        )
+    return lacking
 
 
 def _unreachable() -> str:

@@ -22,6 +22,9 @@ Kind = Literal["rollout", "evaluation"]
 
 FOLDER = "gallery"
 ROLLOUT_TILE, EVALUATION_TILE = 64, 256  # longest side of a tile, in pixels
+# WebP ends at 16383 pixels a side, and Pillow takes a picture of more than 9459² for an attack when
+# it is read.
+LONGEST_SIDE = 9459
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Entry:
             before it, so that 0 is the untrained model.
         sheet: the file's name in the gallery.
         columns: tiles a row.
-        tile: width and height of a tile.
+        tile: width and height of a tile; less than `ROLLOUT_TILE` or `EVALUATION_TILE` where so
+            many images are there that the sheet would be too large.
         prompts: one text an image.
         scores: reward name → one number an image, None where the reward failed; `total` is what
             training maximizes.
@@ -160,14 +164,16 @@ def contact_sheet(images: np.ndarray, longest: int) -> tuple[Image.Image, int, t
 
     Args:
         images: uint8 [B, H, W, 3].
-        longest: larger images are reduced to this longest side.
+        longest: larger images are reduced to this longest side, and further where so many are
+            there that a side of the sheet would pass `LONGEST_SIDE`.
 
     Returns:
         The sheet, the tiles a row, and a tile's (width, height).
     """
-    tiles = reduced(images, longest)
+    columns = int(np.ceil(np.sqrt(len(images))))
+    # There are no more rows than columns, and no side of a tile is longer than this.
+    tiles = reduced(images, min(longest, max(1, LONGEST_SIDE // columns)))
     count, height, width, _ = tiles.shape
-    columns = int(np.ceil(np.sqrt(count)))
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
     for index, tile in enumerate(tiles):
         sheet.paste(Image.fromarray(tile), (index % columns * width, index // columns * height))

@@ -6,11 +6,14 @@ that a token goes nowhere but to the server it is for.
 
 from __future__ import annotations
 
+import email.utils
 import http.client
 import json
+import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,11 +22,12 @@ from diffusion_grpo.reward_protocol import RETRY_STATUSES
 
 FIRST_PAUSE_SECONDS = 0.5  # doubled from attempt to attempt
 MAX_PAUSE_SECONDS = 30.0
+MAX_RETRY_AFTER_SECONDS = 600.0  # a server that asks for more is asked again after so long
 _CHUNK = 64 * 1024
 
 _T = TypeVar("_T")
 
-pause = time.sleep
+clock, pause = time.monotonic, time.sleep
 
 
 class RequestFailed(RewardError):
@@ -32,12 +36,20 @@ class RequestFailed(RewardError):
     Attributes:
         temporary: whether another attempt may succeed.
         retry_after: seconds that the server asks to wait before, or None.
+        status: of the answer, or None where there was none or its body was at fault.
     """
 
-    def __init__(self, message: str, *, temporary: bool, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        temporary: bool,
+        retry_after: float | None = None,
+        status: int | None = None,
+    ) -> None:
         """Keep the message for people and the advice for `attempt`."""
         super().__init__(message)
-        self.temporary, self.retry_after = temporary, retry_after
+        self.temporary, self.retry_after, self.status = temporary, retry_after, status
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -45,7 +57,37 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_OPENER = urllib.request.build_opener(_NoRedirect)
+class _Connection(http.client.HTTPConnection):
+    """A connection that reads the answer of a server that did not wait for the whole body.
+
+    One that finds a body too large may answer with 413 and hang up. To send the rest then fails,
+    but what was answered is there to be read; if nothing was, reading fails as well.
+    """
+
+    def send(self, data: Any) -> None:
+        connected = self.sock is not None
+        try:
+            super().send(data)
+        except (BrokenPipeError, ConnectionResetError):
+            if not connected:
+                raise
+
+
+class _SecureConnection(_Connection, http.client.HTTPSConnection):
+    pass
+
+
+class _HTTP(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, req)
+
+
+class _HTTPS(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_SecureConnection, req)
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect, _HTTP, _HTTPS)
 
 
 def request(
@@ -85,6 +127,7 @@ def request(
                 f"status {error.code}: {_said(error)}",
                 temporary=error.code in RETRY_STATUSES,
                 retry_after=_seconds(error.headers.get("Retry-After")),
+                status=error.code,
             ) from None
     except TimeoutError:
         raise RequestFailed(f"no answer within {timeout:g} s", temporary=True) from None
@@ -130,44 +173,84 @@ def _said(error: urllib.error.HTTPError) -> str:
 
 
 def _seconds(text: str | None) -> float | None:
+    """Return the seconds of a Retry-After header, which may also be a date."""
+    if text is None:
+        return None
     try:
-        return max(0.0, float(text)) if text is not None else None
-    except ValueError:  # the header may also be a date
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
         return None
 
 
 def attempt(
-    servers: Sequence[str], call: Callable[[str], _T], *, retries: int, first: int = 0
+    servers: Sequence[str],
+    call: Callable[[str], _T],
+    *,
+    retries: int,
+    first: int = 0,
+    resting: dict[str, float] | None = None,
 ) -> _T:
     """Call servers in turn until one answers.
+
+    A server that failed for a passing reason has a pause: as long as it asks for, up to 10 minutes,
+    or else 0.5 seconds, doubled with each of its failures up to 30. Meanwhile the others are
+    called. One that failed with a status of 500 or more that does not pass, such as a reward that
+    ran out of memory, is not called again, but each other server is, whatever `retries` is.
 
     Args:
         servers: their URLs.
         call: what to do with one; raises `RequestFailed`.
-        retries: attempts after the first; there is a pause, growing from 0.5 to 30 seconds, after
-            every server has failed once more, or as long as the server asks for.
+        retries: attempts after the first that failed for a passing reason.
         first: the number of the server to begin with.
+        resting: server to the time of `clock` before which it asked not to be called. Calls that
+            share it, from several threads too, honor what one of them was told.
 
     Returns:
         What `call` returned.
 
     Raises:
-        RequestFailed: every attempt failed, or one for good; the text names the server.
+        RequestFailed: every attempt failed, or one for good; the text names each server that is
+            given up, the last one last, and the other attributes are that one's.
     """
-    for number in range(retries + 1):
-        server = servers[(first + number) % len(servers)]
+    resting = {} if resting is None else resting
+    turns = [servers[(first + i) % len(servers)] for i in range(len(servers))]
+    failures: Counter[str] = Counter()
+    pausing: dict[str, float] = {}
+    given_up: list[str] = []
+    while True:
+        now = clock()
+        waits = {s: max(pausing.get(s, now), resting.get(s, now)) - now for s in turns}
+        server = min(turns, key=lambda s: waits[s])
+        if waits[server] > 0:
+            if waits[server] > MAX_PAUSE_SECONDS:
+                print(f"{server} asks to wait {waits[server]:.0f} s", file=sys.stderr)
+            pause(waits[server])
         try:
             return call(server)
         except RequestFailed as failure:
-            last = number == retries
-            if last or not failure.temporary:
-                tries = f" (the last of {number + 1} attempts)" if number else ""
+            failures[server] += 1
+            number = failures.total()
+            of_this_server = not failure.temporary and (failure.status or 0) >= 500
+            if of_this_server and len(turns) > 1:
+                turns.remove(server)
+                given_up.append(f"{server}: {failure}")
+                continue
+            if not failure.temporary or number - len(given_up) > retries:
+                tries = f" (the last of {number} attempts)" if number > 1 else ""
                 raise RequestFailed(
-                    f"{server}: {failure}{tries}", temporary=failure.temporary
+                    "; ".join([*given_up, f"{server}: {failure}{tries}"]),
+                    temporary=failure.temporary,
+                    retry_after=failure.retry_after,
+                    status=failure.status,
                 ) from None
-            rounds, place = divmod(number + 1, len(servers))
-            seconds = FIRST_PAUSE_SECONDS * 2 ** (rounds - 1) if place == 0 else 0.0
-            if failure.retry_after is not None and len(servers) == 1:
-                seconds = failure.retry_after
-            pause(min(seconds, MAX_PAUSE_SECONDS))
-    raise AssertionError("unreachable: the last attempt returns or raises")
+            if failure.retry_after is not None:
+                resting[server] = clock() + min(failure.retry_after, MAX_RETRY_AFTER_SECONDS)
+            else:
+                seconds = FIRST_PAUSE_SECONDS * 2 ** (failures[server] - 1)
+                pausing[server] = clock() + min(seconds, MAX_PAUSE_SECONDS)
+            turns.remove(server)
+            turns.append(server)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from diffusion_grpo.sampling import FILE as SAMPLING_FILE
 
 Layout = Literal["diffusers", "transformers", "processor"]
+
+# A pipeline's components with weights → the stem of their files' names.
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 
 
 def hub_patterns(layout: Layout, variant: str | None = None) -> list[str]:
@@ -16,18 +25,9 @@ def hub_patterns(layout: Layout, variant: str | None = None) -> list[str]:
     `processor` what goes with a model without its weights.
 
     Weights are named in full, so that other variants (`.fp16.`, `.non_ema.`), components that are
-    not used and single-file checkpoints stay behind. Of a `variant`, only its files are taken.
+    not used and single-file checkpoints stay behind. Of a `variant`, only its files are taken;
+    `weight_patterns` names what a component that lacks it is read from instead.
     """
-    infix = f".{variant}" if variant else ""
-
-    def weights(stem: str) -> list[str]:
-        return [
-            f"{stem}{infix}.safetensors",
-            f"{stem}{infix}-?????-of-?????.safetensors",
-            f"{stem}{infix}.safetensors.index.json",
-            *([f"{stem}.safetensors.index.{variant}.json"] if variant else ()),
-        ]
-
     configs = ["config.json", "preprocessor_config.json"]
     tokenizer = [
         "tokenizer.json",
@@ -41,15 +41,27 @@ def hub_patterns(layout: Layout, variant: str | None = None) -> list[str]:
     if layout == "processor":
         return [*configs, *tokenizer]
     if layout == "transformers":
-        return [*configs, *tokenizer, *weights("model")]
+        return [*configs, *tokenizer, *_weights("model", variant)]
     return [
         "model_index.json",
         SAMPLING_FILE,
-        *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2")),
+        *(f"{part}/config.json" for part in WEIGHTS),
         "scheduler/scheduler_config.json",
         *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in tokenizer),
-        *weights("unet/diffusion_pytorch_model"),
-        *weights("vae/diffusion_pytorch_model"),
-        *weights("text_encoder/model"),
-        *weights("text_encoder_2/model"),
+        *weight_patterns(WEIGHTS, variant),
+    ]
+
+
+def weight_patterns(parts: Iterable[str], variant: str | None = None) -> list[str]:
+    """Return the weights of some of a pipeline's components, as `hub_patterns` does."""
+    return [pattern for part in parts for pattern in _weights(f"{part}/{WEIGHTS[part]}", variant)]
+
+
+def _weights(stem: str, variant: str | None) -> list[str]:
+    infix = f".{variant}" if variant else ""
+    return [
+        f"{stem}{infix}.safetensors",
+        f"{stem}{infix}-?????-of-?????.safetensors",
+        f"{stem}{infix}.safetensors.index.json",
+        *([f"{stem}.safetensors.index.{variant}.json"] if variant else ()),
     ]

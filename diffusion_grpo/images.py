@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from diffusion_grpo.errors import UsageError
 
 _FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_LONGEST = {"WEBP": 16383, "JPEG": 65500}  # pixels a side that the format holds
 _IMAGE_DESCRIPTION = 0x010E  # an EXIF tag
 
 
@@ -71,6 +72,28 @@ def check_image_path(path: str | Path) -> Path:
     return path
 
 
+def check_image_size(path: str | Path, size: tuple[int, int], *, animated: bool = False) -> None:
+    """Check that the format of a path holds an image of a size, before any work is done for it.
+
+    Args:
+        path: ends in .png, .webp, .jpg or .jpeg.
+        size: width and height of the image in pixels.
+        animated: whether it is an animation, which no .png can be instead.
+
+    Raises:
+        UsageError: a side is longer than the format holds.
+    """
+    kind = _FORMATS[Path(path).suffix.lower()]
+    most = _LONGEST.get(kind)
+    if most is not None and max(size) > most:
+        what, instead = ("animation", "") if animated else ("image", "write a .png, or ")
+        raise UsageError(
+            f"{what} path {str(path)!r}: {size[0]} x {size[1]} pixels are more than {kind} holds "
+            f"({most}); {instead}show smaller images with --cell-size, or lay them out otherwise "
+            "with --columns"
+        )
+
+
 def save_image(
     path: str | Path, image: Image.Image, metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -100,12 +123,7 @@ def save_image(
             info.add_text(key, value if isinstance(value, str) else json.dumps(value))
         image.save(path, "PNG", pnginfo=info)
         return
-    most = 16383 if kind == "WEBP" else 65500
-    if max(image.size) > most:
-        raise UsageError(
-            f"image path {str(path)!r}: {image.width} x {image.height} pixels are more than {kind} "
-            f"holds ({most}); write a .png, or smaller images with --cell-size"
-        )
+    check_image_size(path, image.size)
     exif = Image.Exif()
     exif[_IMAGE_DESCRIPTION] = json.dumps(dict(metadata or {}))
     image.save(path, kind, quality=92, exif=exif)
@@ -128,11 +146,13 @@ def save_animation(
         hold: how long the last one is.
 
     Raises:
-        UsageError: as `check_image_path`, or the path is no .webp.
+        UsageError: as `check_image_path`, the path is no .webp, or the frames are larger than WebP
+            holds.
     """
     path = check_image_path(path)
     if path.suffix.lower() != ".webp":
         raise UsageError(f"animation path {str(path)!r}: expected a name that ends in .webp")
+    check_image_size(path, frames[0].size, animated=True)
     durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
     rest = list(frames[1:])
     frames[0].save(

@@ -1,9 +1,11 @@
 """Files of LoRA adapters: written as Diffusers and PEFT load them, read in every common naming.
 
-Read are files of PEFT and Diffusers (`unet.….lora_A.weight`), of older Diffusers (`lora.down`,
-`processor.to_q_lora.down`) and of kohya's scripts (`lora_unet_….lora_down.weight` with `alpha`, by
-Diffusers' block names or the original ones). A tensor that is none of these, or that fits no layer
-of the checkpoint, is an error that names it: an adapter is never loaded in part.
+Read are files of PEFT and Diffusers (`unet.….lora_A.weight`), of Diffusers' training scripts
+(`lora.down`, a text encoder's `lora_linear_layer.down`), of older Diffusers
+(`processor.to_q_lora.down`, a text encoder's `self_attn.to_q_lora.down`) and of kohya's scripts
+(`lora_unet_….lora_down.weight` with `alpha`, by Diffusers' block names or the original ones). A
+tensor that is none of these, or that fits no layer of the checkpoint, is an error that names it: an
+adapter is never loaded in part.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ _PREFIXES = {
 }
 _BARE = re.compile(r"base_model\.model\.encoder\.layers\.")
 _TENSOR = re.compile(
-    r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
+    r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down|lora(?:_linear_layer)?\.down)"
+    r"|(?P<up>lora_B|lora_up|lora(?:_linear_layer)?\.up))"
     r"(?:\.\w+)?\.weight$|(?P<scaled>.+)\.alpha$"
 )
-_PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")
+_OLD_ATTENTION = re.compile(r"\.(?:processor|(?P<text>self_attn))\.to_(?P<name>q|k|v|out)_lora\.")
 
 
 def write_lora(adapters: Adapters, file: Path, *, dtype: Any = np.float32) -> Path:
@@ -132,7 +135,7 @@ def read_lora(source: str | Path, model: StableDiffusion) -> dict[str, dict[str,
     names = {part: _names(model, part) for part in PARTS}
     found: dict[tuple[str, str], dict[str, str]] = {}
     for tensor in tensors:
-        match = _TENSOR.fullmatch(_PROCESSOR.sub(_without_processor, tensor))
+        match = _TENSOR.fullmatch(_OLD_ATTENTION.sub(_todays_attention, tensor))
         if match is None:
             raise UsageError(
                 f"{file}: tensor {tensor!r} belongs to no adapter that is supported; expected "
@@ -176,9 +179,11 @@ def _find(source: Path) -> Path:
     )
 
 
-def _without_processor(match: re.Match[str]) -> str:
-    layer = match[1]
-    return f".{layer}.0.lora." if layer == "to_out" else f".{layer}.lora."
+def _todays_attention(match: re.Match[str]) -> str:
+    """Name the layer that a factor is for, where older Diffusers named its place in attention."""
+    if match["text"]:
+        return f".self_attn.{match['name']}_proj.lora."
+    return f".to_{match['name']}{'.0' if match['name'] == 'out' else ''}.lora."
 
 
 def _part(layer: str) -> tuple[str, str]:

@@ -26,12 +26,12 @@ from diffusion_grpo.lanes import MOST, cores
 from diffusion_grpo.learning import GRPOLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
 from diffusion_grpo.models.kernels import planned_for
-from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
+from diffusion_grpo.models.unet import UNet2DConditionModel
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
 from diffusion_grpo.optim import make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy, adapted_network
 from diffusion_grpo.preparation import lora_options, make_rollout
-from diffusion_grpo.pretrained import DTYPES, local_directory
+from diffusion_grpo.pretrained import DTYPES, check_fit, local_directory, read_unet_config
 from diffusion_grpo.programs import noise_steps, update_arguments
 from diffusion_grpo.published import ARCHITECTURES, HUB_IDS, Architecture, text_networks
 from diffusion_grpo.schedule import SchedulerConfig
@@ -69,15 +69,19 @@ class Plan:
         return held + max(programs)
 
 
-def find_architecture(name: str) -> Architecture:
+def find_architecture(name: str, *, revision: str | None = None) -> Architecture:
     """Return the networks of a checkpoint: a published one, or by its configuration files.
+
+    Args:
+        name: a directory, the name of a shipped checkpoint, or a hub id.
+        revision: of a hub repository; the published ones are of their main branch.
 
     Raises:
         UsageError: it is not there, or not supported.
     """
-    if name in HUB_IDS:
+    if name in HUB_IDS and revision is None:
         return ARCHITECTURES[HUB_IDS[name]]
-    directory = local_directory(name)
+    directory = local_directory(name, revision=revision)
 
     def read(*parts: str) -> dict[str, Any]:
         path = directory.joinpath(*parts)
@@ -88,13 +92,18 @@ def find_architecture(name: str) -> Architecture:
 
     text = read("text_encoder", "config.json")
     second = directory / "text_encoder_2"
+    text_2 = read("text_encoder_2", "config.json") if second.is_dir() else None
+    pipeline = str(read("model_index.json").get("_class_name"))
+    unet = read_unet_config(read("unet", "config.json"), pipeline)
+    vae = VAEConfig.from_dict(read("vae", "config.json"))
+    check_fit(directory, unet, vae, [text] if text_2 is None else [text, text_2])
     return Architecture(
-        UNetConfig.from_dict(read("unet", "config.json")),
-        VAEConfig.from_dict(read("vae", "config.json")),
+        unet,
+        vae,
         read("scheduler", "scheduler_config.json"),
         text,
         int(text.get("max_position_embeddings", 77)),
-        read("text_encoder_2", "config.json") if second.is_dir() else None,
+        text_2,
     )
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
 from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
 from diffusion_grpo.schedule import SchedulerConfig
-from diffusion_grpo.tensor_files import TRANSFORMERS_STEM, read_safetensors
+from diffusion_grpo.scheduler_config import PIPELINE_CORRECTIONS
+from diffusion_grpo.tensor_files import TRANSFORMERS_STEM, has_variant, read_safetensors
 from diffusion_grpo.tensors import checkpoint_slots as checkpoint_slots
 from diffusion_grpo.tensors import load_tensors
 from diffusion_grpo.tensors import module_tensors as module_tensors
@@ -45,7 +48,7 @@ class StableDiffusion:
         tokenizer: transformers' CLIPTokenizer.
         scheduler_config: noise schedule and prediction type.
         configs: each component's JSON as read, written back by `save_pretrained`.
-        source: the directory it was read from; files that are not touched are copied from there.
+        source: the directory it was read from.
         sampling: what it is meant to be sampled with, if it says so.
         text_encoder_2: the second text encoder, whose projected output the UNet is given too.
         tokenizer_2: its tokenizer.
@@ -76,7 +79,8 @@ class StableDiffusion:
         """Load a pipeline in the Diffusers layout.
 
         The text encoders' parameters stay in the host's memory: they are on the device only while
-        prompts are encoded.
+        prompts are encoded. What the pipeline's class corrects in old files as it is built is
+        corrected here too, in memory: see `SchedulerConfig.from_dict` and `read_unet_config`.
 
         Args:
             name_or_path: a directory, the name of a shipped checkpoint, or a hub id.
@@ -85,11 +89,12 @@ class StableDiffusion:
             unet_param_dtype: the UNet's, if it differs (float32 master weights while the rest is
                 bfloat16).
             revision: hub revision.
-            variant: of the weight files, such as `fp16`; None takes those without one.
+            variant: of the weight files, such as `fp16`; None takes those without one. Components
+                that lack it are read without it, and a warning names them.
 
         Raises:
             UsageError: a file or tensor is missing, left over, misshapen or unsupported; the
-                message names it.
+                message names it. No component has the variant.
         """
         directory = local_directory(name_or_path, revision=revision, variant=variant)
         index = check_layout(directory)
@@ -98,20 +103,24 @@ class StableDiffusion:
             part: read_json(directory / part / "config.json") for part in ("unet", "vae", *encoders)
         }
         configs["scheduler"] = read_json(directory / "scheduler" / "scheduler_config.json")
-        unet_config = UNetConfig.from_dict(configs["unet"])
+        pipeline = str(index.get("_class_name"))
+        unet_config = read_unet_config(configs["unet"], pipeline)
         vae_config = VAEConfig.from_dict(configs["vae"])
-        check_fit(directory, unet_config, [configs[part] for part in encoders])
-        scheduler_config = SchedulerConfig.from_dict(configs["scheduler"])
+        check_fit(directory, unet_config, vae_config, [configs[part] for part in encoders])
+        scheduler_config = SchedulerConfig.from_dict(configs["scheduler"], pipeline=pipeline)
         sampling = read_sampling(directory)
+        variants = _variants(directory, ("unet", "vae", *encoders), variant)
         kw = {"dtype": dtype, "param_dtype": param_dtype}
         unet_kw = kw if unet_param_dtype is None else kw | {"param_dtype": unet_param_dtype}
 
         def load(kind: Any, part: str, config: Any, kw: dict[str, Any]) -> Any:
-            tensors = read_safetensors(directory / part, variant=variant)
+            tensors = read_safetensors(directory / part, variant=variants[part])
             return load_tensors(kind, config, tensors, source=str(directory / part), **kw)
 
         texts = {
-            part: load_text_encoder(directory / part, kind, variant=variant, on_host=True, **kw)
+            part: load_text_encoder(
+                directory / part, kind, variant=variants[part], on_host=True, **kw
+            )
             for part, kind in encoders.items()
         }
         tokenizers = {part: load_tokenizer(directory / part) for part in map(_tokenizer, encoders)}
@@ -154,7 +163,9 @@ class StableDiffusion:
     def save_pretrained(self, directory: str | Path, *, dtype: Any | None = None) -> None:
         """Write the pipeline as the `from_pretrained` of its Diffusers class loads it.
 
-        A component above 5 GB is written in several files.
+        A component above 5 GB is written in several files. Tokenizers are written for Transformers
+        5 (`tokenizer.json`) and 4 (`vocab.json` and `merges.txt`, copied from where a tokenizer was
+        read if they are there).
 
         Args:
             directory: where; made if absent.
@@ -166,7 +177,7 @@ class StableDiffusion:
         for part in _encoders(self.configs["model_index"]):
             encoder, config = getattr(self, part), self.configs[part]
             save_module(encoder, directory / part, config, stem=TRANSFORMERS_STEM, dtype=dtype)
-            getattr(self, _tokenizer(part)).save_pretrained(directory / _tokenizer(part))
+            _save_tokenizer(getattr(self, _tokenizer(part)), directory / _tokenizer(part))
         (directory / "scheduler").mkdir(exist_ok=True)
         for name, config in (
             ("scheduler/scheduler_config.json", self.configs["scheduler"]),
@@ -224,17 +235,49 @@ def check_layout(directory: Path) -> dict[str, Any]:
     return index
 
 
-def check_fit(directory: Path, unet: UNetConfig, encoders: list[dict[str, Any]]) -> None:
-    """Check that a UNet takes what its text encoders give.
+def read_unet_config(fields: Mapping[str, Any], pipeline: str) -> UNetConfig:
+    """Read a UNet's `config.json` as its pipeline's class does.
+
+    The classes for Stable Diffusion 1 and 2 take a single `sample_size` below 64 for 64 in a file
+    from before Diffusers 0.9.
+
+    Args:
+        fields: the JSON object.
+        pipeline: the class that `model_index.json` names.
+
+    Raises:
+        UsageError: a field, or a field's value, is not supported.
+    """
+    config = UNetConfig.from_dict(fields)
+    version = re.findall(r"\d+", str(fields.get("_diffusers_version", "")))[:2]
+    is_old = bool(version) and tuple(map(int, version)) < (0, 9)
+    is_small = isinstance(config.sample_size, int) and config.sample_size < 64
+    if pipeline in PIPELINE_CORRECTIONS and is_old and is_small:
+        return dataclasses.replace(config, sample_size=64)
+    return config
+
+
+def check_fit(
+    directory: Path, unet: UNetConfig, vae: VAEConfig, encoders: list[dict[str, Any]]
+) -> None:
+    """Check that a UNet denoises the VAE's latents alone, and takes what its text encoders give.
 
     Args:
         directory: of the pipeline, for messages.
         unet: the UNet's configuration.
+        vae: the VAE's.
         encoders: the text encoders' `config.json`, in order.
 
     Raises:
         UsageError: it does not.
     """
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise UsageError(
+            f"{directory}: the UNet's in_channels is {unet.in_channels}, its out_channels "
+            f"{unet.out_channels} and the VAE's latent_channels {vae.latent_channels}; expected "
+            "the same number for all. A UNet with more in_channels is given a picture too, for "
+            "inpainting (9), editing (8) or depth (5); give a text-to-image checkpoint"
+        )
     width = sum(int(fields.get("hidden_size", 512)) for fields in encoders)
     expected = set(unet.per_block("cross_attention_dim"))
     if expected != {width}:
@@ -260,6 +303,20 @@ def check_fit(directory: Path, unet: UNetConfig, encoders: list[dict[str, Any]])
         )
 
 
+def _variants(directory: Path, parts: Sequence[str], variant: str | None) -> dict[str, str | None]:
+    """Return each component's variant: that asked for, or none where it has no files of it."""
+    if variant is None:
+        return dict.fromkeys(parts)
+    found = {part: variant if has_variant(directory / part, variant) else None for part in parts}
+    if plain := [part for part, chosen in found.items() if chosen is None]:
+        warnings.warn(
+            f"{directory}: no weights of the variant {variant!r} for {', '.join(plain)}, read "
+            "without it",
+            stacklevel=3,
+        )
+    return found
+
+
 def _encoders(index: Mapping[str, Any]) -> dict[str, type[TextEncoder]]:
     """Return the classes of a pipeline's text encoders by the components' names."""
     second = index.get("text_encoder_2")
@@ -270,6 +327,23 @@ def _encoders(index: Mapping[str, Any]) -> dict[str, type[TextEncoder]]:
 
 def _tokenizer(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a CLIPTokenizer with the files that Transformers 4 needs and 5 no longer writes."""
+    tokenizer.save_pretrained(directory)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [f"{left} {right}" for left, right in model["merges"]]
+    for name, text in (
+        ("vocab.json", json.dumps(model["vocab"], ensure_ascii=False)),
+        ("merges.txt", "\n".join(["#version: 0.2", *merges])),
+    ):
+        original = Path(tokenizer.name_or_path) / name
+        data = original.read_bytes() if original.is_file() else f"{text}\n".encode()
+        (directory / name).write_bytes(data)
+    # Not copied: it goes before tokenizer_config.json, and a special token may have been changed.
+    special = json.dumps(tokenizer.special_tokens_map, indent=2)
+    (directory / "special_tokens_map.json").write_text(f"{special}\n", encoding="utf-8")
 
 
 def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def load_prompts(source: str | Path) -> Sequence[Prompt]:
 
     - `.txt`: one prompt a line; blank lines and lines that begin with `#` are left out.
     - `.jsonl`: one object a line, with the text under `"prompt"`.
-    - `.csv`: a header line with a column `prompt`; the other columns are text.
+    - `.csv`: a header line with a column `prompt`; the other columns are text. A first column
+      without a name, such as the row numbers that pandas writes, is left out.
     - `.parquet`: a column `prompt`; needs the extra `parquet`.
     - `.yaml`: templates with slots, expanded when a prompt is asked for (`prompt_templates.py`).
 
@@ -137,16 +139,23 @@ def _from_json(line: str, *, where: str) -> Prompt:
 
 
 def _read_csv(text: str, where: str) -> list[Prompt]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = list(reader.fieldnames or [])
-        _check_columns(columns, where)
+        index = columns[:1] == [""]
+        named = columns[1:] if index else columns
+        _check_columns(named, where)
+        if "" in named:
+            raise UsageError(
+                f"{where}: one of the columns {', '.join(map(repr, columns))} has no name; name it "
+                "in the header, or remove it"
+            )
         prompts = []
         for row in reader:
             place = f"{where}, line {reader.line_num}"
-            if "" in row or None in row.values():
+            if None in row or None in row.values():  # values without a column; columns without one
                 raise UsageError(f"{place}: expected {len(columns)} columns, as the header has")
-            prompts.append(make_prompt(row, where=place))
+            prompts.append(make_prompt({key: row[key] for key in named}, where=place))
         return prompts
     except csv.Error as error:
         raise UsageError(f"{where}, line {reader.line_num}: not valid CSV: {error}") from None
@@ -195,3 +204,67 @@ def make_prompt(values: Mapping[str, Any], *, where: str) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise UsageError(f'{where}: "prompt" is {text!r}; expected text')
     return Prompt(text.strip(), metadata, read_weight(weight, where=where))
+
+
+def prompts_by_image(
+    files: Sequence[Path], prompts: Sequence[Prompt], *, where: str
+) -> list[Prompt]:
+    """Return each image file's prompt: that whose `image` shares the longest end of its path.
+
+    Of two that share as much, one that is the end of the file's path as a whole goes before one
+    that differs from it further up.
+
+    Args:
+        files: N image files.
+        prompts: with a path under `image` in their metadata, or the end of one.
+        where: what the prompts are, for messages.
+
+    Returns:
+        N prompts.
+
+    Raises:
+        UsageError: a file that no prompt names, or several prompts do alike; or several files with
+            a prompt that names at most one of them as a whole.
+    """
+    by_name: dict[str, list[tuple[list[str], Prompt]]] = {}
+    for prompt in prompts:
+        parts = _parts(str(prompt.metadata["image"]))
+        by_name.setdefault(parts[-1] if parts else "", []).append((parts, prompt))
+    missing = [file.name for file in files if file.name not in by_name]
+    if missing:
+        raise UsageError(
+            f"{where} name no image {missing[0]!r} ({len(missing)} of {len(files)} images have no "
+            "prompt)"
+        )
+    chosen: list[Prompt] = []
+    owners: dict[str, tuple[Path, bool]] = {}
+    for file in files:
+        own = _parts(os.path.abspath(file))
+        ranked: dict[tuple[int, bool], list[Prompt]] = {}
+        for parts, prompt in by_name[file.name]:
+            shared = len(os.path.commonprefix([own[::-1], parts[::-1]]))
+            ranked.setdefault((shared, shared == len(parts)), []).append(prompt)
+        _, whole = rank = max(ranked)
+        first, *others = ranked[rank]
+        image = str(first.metadata["image"])
+        rival = next((prompt for prompt in others if prompt != first), None)
+        if rival is not None:
+            raise UsageError(
+                f"{where}: the image {str(file)!r} may be {image!r} ({first.text!r}) or "
+                f"{str(rival.metadata['image'])!r} ({rival.text!r}); expected one prompt an image: "
+                'give more of its path under "image"'
+            )
+        owner, all_whole = owners.setdefault(image, (file, whole))
+        if _parts(os.path.abspath(owner)) != own and not (all_whole and whole):
+            raise UsageError(
+                f"{where}: both {str(owner)!r} and {str(file)!r} may be the image {image!r}; "
+                'expected a prompt of its own for each, or one whose "image" is what the ends of '
+                "both paths share"
+            )
+        chosen.append(first)
+    return chosen
+
+
+def _parts(path: str) -> list[str]:
+    """Return the names of a path, without `.` and `..` where it says what they are."""
+    return list(Path(os.path.normpath(path)).parts)

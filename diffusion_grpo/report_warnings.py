@@ -76,8 +76,9 @@ def _hacking(directory: Path, gold: Mapping[str, float]) -> list[str]:
         if rose and got_worse:
             found.append(
                 f"the gold reward {name} {'fell' if weight > 0 else 'rose'} from "
-                f"{mean(first, name):.4g} to {mean(last, name):.4g} while the trained reward rose: it may be being hacked; "
-                "raise grpo.beta, stop earlier, or take the best checkpoint"
+                f"{mean(first, name):.4g} to {mean(last, name):.4g} while the trained reward "
+                "rose: it may be being hacked; raise grpo.beta, stop earlier, or take the best "
+                "checkpoint"
             )
     measured = [(entry.summary or {}).get("metrics", {}) for entry in evaluations]
     before, after = measured[0].get("diversity"), measured[-1].get("diversity")

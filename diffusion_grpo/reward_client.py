@@ -43,7 +43,7 @@ def server_reward(spec: str) -> Callable[..., ServerReward]:
         Args:
             timeout: seconds for one request.
             retries: attempts after a first one that failed.
-            batch_size: the most images of one request.
+            batch_size: the most images of one request; fewer where a server finds it too large.
             token_variable: the environment variable with the token, if the servers want one.
             name: the name in the metrics, if not the one that the servers give.
         """
@@ -73,6 +73,7 @@ class ServerReward:
         self.images_at_once = 1
         self._token = token
         self._next = 0
+        self._resting: dict[str, float] = {}
 
     def connect(self, token_variable: str, batch_size: int, name: str = "") -> None:
         """Ask every server what it is.
@@ -118,7 +119,9 @@ class ServerReward:
         """Score uint8 images [B, H, W, 3]; returns float32 [B].
 
         The images go out in pieces of `images_at_once` (a group is never cut), as many at once as
-        there are servers.
+        there are servers. A piece that is too large for a server (status 413) is halved, and so
+        are all that come after it. After a failure the servers change places, so that a call that
+        is repeated begins with others.
 
         Raises:
             RequestFailed: a piece got no usable answer.
@@ -127,19 +130,56 @@ class ServerReward:
         pieces = [slice(start, start + size) for start in range(0, len(images), size)]
 
         def score(number: int, piece: slice) -> np.ndarray:
-            body = encode_request(images[piece], prompts[piece], metadata[piece])
-
-            def ask(server: str) -> np.ndarray:
-                url = f"{server}{SCORE_PATH}"
-                answer = request(url, body, token=self._token, timeout=self.timeout)
-                try:
-                    return decode_scores(answer, len(images[piece]))
-                except ProtocolError as error:
-                    raise RequestFailed(f"a useless answer: {error}", temporary=True) from None
-
-            return attempt(self.servers, ask, retries=self.retries, first=number)
+            return self._score(number, images[piece], prompts[piece], metadata[piece])
 
         numbers = range(self._next, self._next + len(pieces))
         self._next = (self._next + len(pieces)) % len(self.servers)
-        with ThreadPoolExecutor(len(self.servers), "reward-server") as pool:
-            return np.concatenate(list(pool.map(score, numbers, pieces))).astype(np.float32)
+        try:
+            with ThreadPoolExecutor(len(self.servers), "reward-server") as pool:
+                return np.concatenate(list(pool.map(score, numbers, pieces))).astype(np.float32)
+        except RequestFailed:
+            self._next = (self._next + 1) % len(self.servers)
+            raise
+
+    def _score(
+        self, number: int, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> np.ndarray:
+        """Score a piece, in smaller ones where it has to be; returns float64 of its length."""
+        scores, done = [], 0
+        while done < len(images):
+            size = len(images) if self.of_group else self.images_at_once
+            part = slice(done, done + size)
+            try:
+                scores.append(self._ask(number, images[part], prompts[part], metadata[part]))
+            except RequestFailed as failure:
+                if failure.status != 413:
+                    raise
+                count = len(images[part])
+                if self.of_group or count == 1:
+                    what = "a group" if self.of_group else "one image"
+                    raise RequestFailed(
+                        f"{failure}; {what} cannot be divided: raise the server's limit "
+                        "(serve-reward --max-megabytes)",
+                        temporary=False,
+                        status=413,
+                    ) from None
+                self.images_at_once = min(self.images_at_once, (count + 1) // 2)
+                continue
+            done += size
+        return np.concatenate(scores)
+
+    def _ask(
+        self, number: int, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> np.ndarray:
+        """Have one request answered, beginning with the server of a number; returns float64 [B]."""
+        body = encode_request(images, prompts, metadata)
+
+        def ask(server: str) -> np.ndarray:
+            url = f"{server}{SCORE_PATH}"
+            answer = request(url, body, token=self._token, timeout=self.timeout)
+            try:
+                return decode_scores(answer, len(images))
+            except ProtocolError as error:
+                raise RequestFailed(f"a useless answer: {error}", temporary=True) from None
+
+        return attempt(self.servers, ask, retries=self.retries, first=number, resting=self._resting)

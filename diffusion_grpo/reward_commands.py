@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ class ScoreOptions:
     """Image files, or folders of them (not of folders in them), in the order of their names."""
     prompts: str | None = None
     """Prompt list: one prompt an image, or one for each --group-size images, or one for all; a
-    .jsonl line may name its image under "image" instead. None scores with empty prompts."""
+    .jsonl line may name its image under "image" instead: by its path, or as much of the path's end
+    as tells it from the others. None scores with empty prompts."""
     options: RewardOptions = ()
     """Options of the rewards."""
     output: Path = Path("scores.jsonl")
@@ -73,9 +75,10 @@ class ServeOptions:
     options: RewardOptions = ()
     """Options of the reward."""
     host: str = "127.0.0.1"
-    """Address to listen on; other than this machine's own only with a token."""
+    """Address to listen on, such as 127.0.0.1 or ::1; other than this machine's own only with a
+    token."""
     port: int = 8000
-    """0 takes any free one."""
+    """Up to 65535; 0 takes any free one."""
     token_variable: str = "REWARD_SERVER_TOKEN"
     """Environment variable with the token that clients have to send."""
     max_megabytes: float = 64.0
@@ -209,6 +212,7 @@ def prompts_of(
     Raises:
         UsageError: prompts that do not correspond to the images.
     """
+    from diffusion_grpo.prompt_files import prompts_by_image
     from diffusion_grpo.prompts import load_prompts
 
     count = len(files)
@@ -221,14 +225,7 @@ def prompts_of(
         return [""] * count, [{}] * count
     prompts = load_prompts(name)
     if all("image" in prompt.metadata for prompt in prompts):
-        by_image = {Path(str(prompt.metadata["image"])).name: prompt for prompt in prompts}
-        missing = [file.name for file in files if file.name not in by_image]
-        if missing:
-            raise UsageError(
-                f"prompts {name!r} name no image {missing[0]!r} ({len(missing)} of {count} images "
-                "have no prompt)"
-            )
-        chosen = [by_image[file.name] for file in files]
+        chosen = prompts_by_image(files, prompts, where=f"prompts {name!r}")
     else:
         each = {count: 1, count // group_size: group_size, 1: count}.get(len(prompts))
         if each is None:
@@ -343,10 +340,12 @@ def serve(options: ServeOptions, ready: Callable[[int], None] | None = None) -> 
             f"--host {options.host} lets others in, and there is no token: set "
             f"{options.token_variable} in the environment, here and where the run is"
         )
-    bounds = {"max_megabytes": 0.001, "max_images": 1, "concurrency": 1, "waiting": 0, "port": 0}
+    bounds = {"max_megabytes": 0.001, "max_images": 1, "concurrency": 1, "waiting": 0}
     for name, least in bounds.items():
-        if getattr(options, name) < least:
+        if not least <= getattr(options, name) < math.inf:
             raise UsageError(f"{name} is {getattr(options, name)}; expected {least} or more")
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"port is {options.port}; expected 0 to 65535")
     reward = _load(options.reward, options.options)
     service = RewardService(
         reward,

@@ -26,6 +26,7 @@ ENTRY_POINT_GROUP = "diffusion_grpo.rewards"
 
 _SIGNATURE = "(images, prompts, metadata)"
 _module_numbers = itertools.count()
+_neighbor_folders: dict[str, Path] = {}  # module beside a reward's file → that file's folder
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ def list_rewards() -> dict[str, str]:
 
 def load_reward(spec: str, options: Mapping[str, Any] | None = None) -> LoadedReward:
     """Find a reward, import it and build it with its options.
+
+    The folder of a file is on the path while the file is imported, last: modules that lie beside it
+    are found by the imports at its top, but not by one that is executed later, in a function, which
+    finds only what was imported before.
 
     Args:
         spec: a built-in name, `my_file.py`, `my_file.py:name`, `package.module:function`, an
@@ -200,23 +205,64 @@ def _from_name(spec: str) -> Any:
 
 
 def _from_module(spec: str, place: str, name: str) -> Any:
-    with _working_directory_last(), _reporting(spec, "could not be imported"):
+    # A console script does not have the working directory on its path, but users expect their
+    # package there to be found.
+    with _last_on_path(Path.cwd()), _reporting(spec, "could not be imported"):
         module = importlib.import_module(place)
     return _lookup(spec, module, name)
 
 
 @contextmanager
-def _working_directory_last() -> Iterator[None]:
-    # A console script does not have the working directory on its path, but users expect their
-    # package there to be found. Last, and only during the import, so that no folder of theirs
-    # shadows a package.
-    here = str(Path.cwd())
+def _last_on_path(folder: Path) -> Iterator[None]:
+    """Let modules in a folder be imported.
+
+    Last, and only during the import, so that no folder of a user's shadows a package.
+    """
+    here = str(folder)
     sys.path.append(here)
     importlib.invalidate_caches()
     try:
         yield
     finally:
         del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
+
+
+@contextmanager
+def _neighbors(spec: str, folder: Path) -> Iterator[None]:
+    """Let a reward's file import modules that lie beside it, and none that lies beside another's.
+
+    Raises:
+        UsageError: it imported one with a name that a neighbor of another folder's reward has:
+            there is one module of a name.
+    """
+    if folder in {Path(place).absolute() for place in sys.path}:  # they are modules like all others
+        yield
+        return
+    foreign = {name: where for name, where in _neighbor_folders.items() if where != folder}
+    hidden = {name: sys.modules.pop(name) for name in foreign if name in sys.modules}
+    before, own = set(sys.modules), set[str]()
+    try:
+        with _last_on_path(folder):
+            yield
+    finally:
+        new = {name: module for name, module in sys.modules.items() if name not in before}
+        sys.modules.update(hidden)
+        own = {name for name in new if "." not in name and _lies_in(new[name], folder)}
+        found = {name for name in new if name.partition(".")[0] in own} - hidden.keys()
+        _neighbor_folders.update(dict.fromkeys(found, folder))
+    twice = sorted(own & hidden.keys())
+    if twice:
+        raise UsageError(
+            f"reward {spec!r} imports {twice[0]!r} from {str(folder)!r}, but another reward has "
+            f"imported a module of this name from {str(foreign[twice[0]])!r}; give one of them "
+            "another name"
+        )
+
+
+def _lies_in(module: types.ModuleType, folder: Path) -> bool:
+    spec = getattr(module, "__spec__", None)
+    places = (spec.submodule_search_locations or [spec.origin]) if spec is not None else []
+    return any(Path(place).parent == folder for place in places if place is not None)
 
 
 def _from_file(spec: str, path: Path, name: str) -> Any:
@@ -231,7 +277,8 @@ def _from_file(spec: str, path: Path, name: str) -> Any:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module
     try:
-        with _reporting(spec, "could not be imported", str(path)):
+        neighbors = _neighbors(spec, path.absolute().parent)
+        with neighbors, _reporting(spec, "could not be imported", str(path)):
             module_spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]

@@ -9,8 +9,9 @@ A server of any make is a reward if it answers these two requests:
   images are those of one prompt.
 
 It may ask for a token (`Authorization: Bearer TOKEN`). Errors have a status of 400 or more and the
-body `{"error": text}`; 408, 425, 429, 502, 503 and 504 mean that another attempt may succeed, after
-`Retry-After` seconds if it says so. `openapi` describes all of it in OpenAPI 3.1.
+body `{"error": text}`. 408, 425, 429, 502, 503 and 504 mean that another attempt may succeed, after
+`Retry-After` (seconds or a date) if it says so; 413 that fewer images may; 500 and all others above
+that another server may. `openapi` describes all of it in OpenAPI 3.1.
 """
 
 from __future__ import annotations
@@ -189,9 +190,9 @@ def openapi(name: str, version: str, *, token: bool) -> dict[str, Any]:
         "400": "The request does not keep the protocol.",
         "401": "The token is missing or wrong.",
         "408": "The body came too slowly.",
-        "413": "The body is too large.",
+        "413": "The body is too large; fewer images at once may do.",
         "422": "The reward cannot judge such images or prompts.",
-        "500": "The reward failed.",
+        "500": "The reward failed; another server may do.",
         "503": "Too many requests at once; try again after Retry-After seconds.",
     }
     failures = {

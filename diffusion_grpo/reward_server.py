@@ -112,23 +112,26 @@ class RewardService:
             self._taken -= 1
 
     async def _receive(self, stream: Any, length: str | None) -> bytes:
-        too_large = _Rejected(
-            413,
-            f"the body is larger than {self.limits.bytes} bytes; send fewer images at once",
-        )
-        if length is not None and length.isdigit() and int(length) > self.limits.bytes:
-            raise too_large
+        too_large = length is not None and length.isdigit() and int(length) > self.limits.bytes
         body = bytearray()
         try:
             async with asyncio.timeout(self._body_timeout):
+                # What is too large is read to its end and not kept: most clients read an answer
+                # only when they have sent everything.
                 async for piece in stream:
-                    body += piece
-                    if len(body) > self.limits.bytes:
-                        raise too_large
+                    too_large = too_large or len(body) + len(piece) > self.limits.bytes
+                    if not too_large:
+                        body += piece
         except TimeoutError:
+            if not too_large:
+                raise _Rejected(
+                    408, f"the body did not arrive within {self._body_timeout:g} s"
+                ) from None
+        if too_large:
             raise _Rejected(
-                408, f"the body did not arrive within {self._body_timeout:g} s"
-            ) from None
+                413,
+                f"the body is larger than {self.limits.bytes} bytes; send fewer images at once",
+            )
         return bytes(body)
 
     def _compute(self, body: bytes) -> list[float]:
@@ -199,8 +202,8 @@ def serve(service: RewardService, host: str, port: int, *, ready: Callable[[int]
 
     Args:
         service: what to serve.
-        host: address to listen on.
-        port: 0 for any free one.
+        host: address to listen on, of IPv4 or IPv6, or a name.
+        port: up to 65535; 0 for any free one.
         ready: called with the port once it is open.
 
     Raises:
@@ -212,7 +215,8 @@ def serve(service: RewardService, host: str, port: int, *, ready: Callable[[int]
     except ImportError:
         raise _missing() from None
     try:
-        listening = socket.create_server((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise UsageError(
             f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"

@@ -6,7 +6,8 @@ All of them step from x_t with the network's output alone, and differ in numbers
 
 with x̂₀ and ε̂ read from the output at t, and x̂₀' that of the step before. Latents are those of the
 variance-preserving process, x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε, for every sampler. The coefficients are
-computed in float64; timesteps and noise levels are those of the Diffusers scheduler of the name.
+computed in float64; timesteps and noise levels are those of the Diffusers scheduler of the name. So
+where the file names no `timestep_spacing`, `dpm++` and `euler` have linspace, the others leading.
 """
 
 from __future__ import annotations
@@ -226,9 +227,9 @@ def _sigmas(config: SchedulerConfig) -> np.ndarray:
 def _dpm(config: SchedulerConfig, num_steps: int) -> Solver:
     total, count = config.num_train_timesteps, num_steps
     _check_count(count, total)
-    if config.timestep_spacing == "linspace":
+    if config.solver_spacing == "linspace":
         timesteps = np.linspace(0, total - 1, count + 1).round()[::-1][:-1]
-    elif config.timestep_spacing == "leading":
+    elif config.solver_spacing == "leading":
         ratio = total // (count + 1)
         timesteps = (np.arange(count + 1) * ratio)[::-1][:-1] + config.steps_offset
     else:
@@ -254,7 +255,7 @@ def _dpm(config: SchedulerConfig, num_steps: int) -> Solver:
 def _euler(config: SchedulerConfig, num_steps: int) -> Solver:
     total, count = config.num_train_timesteps, num_steps
     _check_count(count, total)
-    if config.timestep_spacing == "linspace":
+    if config.solver_spacing == "linspace":
         timesteps = np.linspace(0, total - 1, count, dtype=np.float32)[::-1].astype(np.float64)
     else:
         timesteps = spaced_timesteps(config, count).astype(np.float64)
@@ -263,7 +264,7 @@ def _euler(config: SchedulerConfig, num_steps: int) -> Solver:
     following = np.append(sigma[1:], 0.0)
     alpha, next_alpha = 1 / np.sqrt(1 + sigma**2), 1 / np.sqrt(1 + following**2)
     # Diffusers starts at σ_max ε for these spacings and at √(σ_max² + 1) ε otherwise.
-    spread = config.timestep_spacing in ("linspace", "trailing")
+    spread = config.solver_spacing in ("linspace", "trailing")
     return _solver(
         config,
         timesteps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -38,6 +38,35 @@ _COMPATIBLE_CLASSES = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
+
+# Their default is to clip x̂₀; Heun's is not to, and the other classes have no such option.
+_CLIPPING_CLASSES = ("DDIMScheduler", "DDPMScheduler")
+
+# Their default β are those of Stable Diffusion; the other classes' are DDIM's.
+_NARROW_CLASSES = (
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+)
+
+# What a pipeline's class sets in its scheduler as it is built, whatever the file says, because the
+# first files of Stable Diffusion lacked it. Of the pipelines whose networks are supported, SDXL's
+# and all others that are not named here set nothing.
+_OFFSET = {"steps_offset": 1}
+_OFFSET_UNCLIPPED = _OFFSET | {"clip_sample": False}
+PIPELINE_CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "CycleDiffusionPipeline": _OFFSET,
+    "LEditsPPPipelineStableDiffusion": _OFFSET_UNCLIPPED,
+    "StableDiffusionDiffEditPipeline": _OFFSET,
+    "StableDiffusionImg2ImgPipeline": _OFFSET_UNCLIPPED,
+    "StableDiffusionInpaintPipeline": _OFFSET,
+    "StableDiffusionInpaintPipelineLegacy": _OFFSET_UNCLIPPED,
+    "StableDiffusionPAGImg2ImgPipeline": _OFFSET_UNCLIPPED,
+    "StableDiffusionPAGInpaintPipeline": _OFFSET_UNCLIPPED,
+    "StableDiffusionPAGPipeline": _OFFSET_UNCLIPPED,
+    "StableDiffusionPipeline": _OFFSET_UNCLIPPED,
+    "StableDiffusionPipelineSafe": _OFFSET_UNCLIPPED,
+}
 
 # Fields that steer another class' solver, or an option that is off: DDIM never reads them.
 _HARMLESS_FIELDS = frozenset(
@@ -77,8 +106,12 @@ class SchedulerConfig:
         prediction_type: what the model's output is: ε, v or x₀.
         thresholding: dynamic thresholding; unsupported, must be false.
         clip_sample_range: see `clip_sample`.
-        timestep_spacing: which T of the timesteps are visited.
+        timestep_spacing: which T of the timesteps are visited by DDIM and DDPM steps, and in
+            training.
         rescale_betas_zero_snr: rescale so that the last ᾱ is exactly 0 (Lin et al. 2023, alg. 1).
+        default_spacing: the file names no spacing: `timestep_spacing` is `leading`, and other
+            samplers have a default of their own, see `solver_spacing`. Not part of equality, which
+            is that of the noise schedule and of DDIM steps.
 
     Raises:
         UsageError: a value is outside its range or not among its choices.
@@ -97,6 +130,7 @@ class SchedulerConfig:
     clip_sample_range: float = 1.0
     timestep_spacing: TimestepSpacing = "leading"
     rescale_betas_zero_snr: bool = False
+    default_spacing: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         """Reject what has no meaning, before anything is computed from it."""
@@ -106,6 +140,11 @@ class SchedulerConfig:
             raise UsageError(
                 "Scheduler option thresholding=True is not supported: dynamic thresholding is "
                 "meant for models on pixels. Set it to false in scheduler_config.json."
+            )
+        if self.default_spacing and self.timestep_spacing != "leading":
+            raise UsageError(
+                f"timestep_spacing is {self.timestep_spacing!r} and default_spacing is True; "
+                "expected default_spacing=False where a spacing is chosen."
             )
         if self.num_train_timesteps < 1:
             raise UsageError(
@@ -129,16 +168,32 @@ class SchedulerConfig:
         elif not all(0 < beta <= 1 for beta in self.trained_betas):
             raise UsageError("trained_betas has an entry outside (0, 1].")
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> SchedulerConfig:
-        """Read any Diffusers `scheduler_config.json` as `DDIMScheduler.from_config` reads it.
+    @property
+    def solver_spacing(self) -> TimestepSpacing:
+        """The spacing of Euler and DPM-Solver steps: `linspace`, their default, if none is named.
 
-        Fields that the file lacks take `DDIMScheduler`'s defaults, whatever class wrote the file:
-        so a file without `clip_sample` clips, in Diffusers and here. Fields that only steer another
+        Diffusers fills in the default of the class that it converts to, not of the file's class.
+        """
+        return "linspace" if self.default_spacing else self.timestep_spacing
+
+    @classmethod
+    def from_dict(
+        cls, config: Mapping[str, Any], *, pipeline: str | None = None
+    ) -> SchedulerConfig:
+        """Read any Diffusers `scheduler_config.json` for sampling by DDIM steps.
+
+        What describes the model, β and `clip_sample`, has the default of the class that wrote the
+        file, where the file lacks it: a class without `clip_sample` does not clip. All other fields
+        have the default of `DDIMScheduler`, as in its `from_config`. Fields that only steer another
         class' solver are ignored by name.
+
+        Last come the values that the pipeline's class sets in its scheduler as it is built: for
+        Stable Diffusion 1 and 2 `steps_offset` is 1 and nothing is clipped, as with
+        `StableDiffusionPipeline.from_pretrained(…, scheduler=DDIMScheduler.from_pretrained(…))`.
 
         Args:
             config: the parsed JSON object.
+            pipeline: the class that `model_index.json` names; None reads the file alone.
 
         Returns:
             The configuration.
@@ -152,24 +207,31 @@ class SchedulerConfig:
                 f"Scheduler class {class_name!r} cannot be sampled by DDIM steps; expected one of "
                 f"{', '.join(_COMPATIBLE_CLASSES)}{suggest(str(class_name), _COMPATIBLE_CLASSES)}."
             )
-        values: dict[str, Any] = {}
+        fields = [name for name in cls.__dataclass_fields__ if name != "default_spacing"]
+        values: dict[str, Any] = {"clip_sample": class_name in _CLIPPING_CLASSES}
+        if class_name in _NARROW_CLASSES:
+            values |= {"beta_start": 0.00085, "beta_end": 0.012}
         for name, value in config.items():
-            if name in cls.__dataclass_fields__:
+            if name in fields:
                 values[name] = _parse(name, value)
             elif name in _GUARDED_FIELDS:
                 _check_choice(name, value, _GUARDED_FIELDS[name])
             elif name not in _HARMLESS_FIELDS and not name.startswith("_"):
-                known = (*cls.__dataclass_fields__, *_GUARDED_FIELDS, *sorted(_HARMLESS_FIELDS))
+                known = (*fields, *_GUARDED_FIELDS, *sorted(_HARMLESS_FIELDS))
                 raise UsageError(
                     f"Unknown field {name!r} (value {value!r}) in the scheduler config of class "
                     f"{class_name}{suggest(name, known)}. Its meaning for sampling is not known; "
                     "remove it if it has none."
                 )
-        return cls(**values)
+        values |= PIPELINE_CORRECTIONS.get(pipeline or "", {})
+        return cls(**values, default_spacing="timestep_spacing" not in config)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that Diffusers reads as a `DDIMScheduler`."""
-        return {"_class_name": "DDIMScheduler", **asdict(self)}
+        fields = asdict(self)
+        if fields.pop("default_spacing"):
+            del fields["timestep_spacing"]
+        return {"_class_name": "DDIMScheduler", **fields}
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

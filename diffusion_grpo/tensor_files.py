@@ -8,6 +8,7 @@ copies of a model, nor does saving. Nothing here can execute what it reads.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from diffusion_grpo.errors import UsageError
 
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 MAX_SHARD_BYTES = 5 * 10**9
+
+_VARIANT_FILE = re.compile(
+    rf"(?:{DIFFUSERS_STEM}|{TRANSFORMERS_STEM})\.(.+?)(?:-\d{{5}}-of-\d{{5}})?\.safetensors$"
+)
 
 _CODES: dict[str, Any] = {
     "F64": np.float64,
@@ -157,22 +162,41 @@ def _reader(
     return read
 
 
-def _weight_files(directory: Path, variant: str | None) -> tuple[list[Path], str]:
-    """Return a component's weight files, and the name of the index that lists them."""
+def has_variant(directory: Path, variant: str) -> bool:
+    """Whether a component has safetensors of a variant."""
+    return any((directory / name).is_file() for name in _weight_names(variant))
+
+
+def variants_of(directory: Path) -> list[str]:
+    """Return the variants that a component has safetensors of, sorted."""
+    found = (_VARIANT_FILE.match(path.name) for path in directory.glob("*.safetensors"))
+    return sorted({match[1] for match in found if match})
+
+
+def _weight_names(variant: str | None) -> list[str]:
+    """Return how a component's weights may be named: indexes of shards, and single files."""
     infix = f".{variant}" if variant else ""
     names = []
     for stem in (DIFFUSERS_STEM, TRANSFORMERS_STEM):
-        indexes = [f"{stem}{infix}.safetensors.index.json"]
+        names.append(f"{stem}{infix}.safetensors.index.json")
         if variant:
-            indexes.append(f"{stem}.safetensors.index.{variant}.json")
-        for index in indexes:
-            if (directory / index).is_file():
-                listed = _weight_map(directory / index).values()
-                return sorted({directory / Path(name).name for name in listed}), index
+            names.append(f"{stem}.safetensors.index.{variant}.json")
         names.append(f"{stem}{infix}.safetensors")
-        if (directory / names[-1]).is_file():
-            return [directory / names[-1]], ""
-    raise UsageError(_no_weights(directory, names, variant))
+    return names
+
+
+def _weight_files(directory: Path, variant: str | None) -> tuple[list[Path], str]:
+    """Return a component's weight files, and the name of the index that lists them."""
+    names = _weight_names(variant)
+    for name in names:
+        if not (directory / name).is_file():
+            continue
+        if name.endswith(".safetensors"):
+            return [directory / name], ""
+        listed = _weight_map(directory / name).values()
+        return sorted({directory / Path(shard).name for shard in listed}), name
+    files = [name for name in names if name.endswith(".safetensors")]
+    raise UsageError(_no_weights(directory, files, variant))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -187,7 +211,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _no_weights(directory: Path, names: list[str], variant: str | None) -> str:
     present = sorted(path.name for path in directory.glob("*.safetensors"))
     if present:
-        hint = "" if variant else ": choose a variant, such as fp16, with --model.variant"
+        hint = ""
+        if not variant and (variants := variants_of(directory)):
+            hint = (
+                f": a pipeline is read in a variant with --variant {variants[0]} (`train`: "
+                f"--model.variant {variants[0]})"
+            )
         return f"{directory} holds {', '.join(present)}, expected {' or '.join(names)}{hint}"
     pickles = (".bin", ".pt", ".pth", ".ckpt")
     if pickled := sorted(p.name for p in directory.glob("*") if p.suffix in pickles):

@@ -4,8 +4,10 @@
 
 The model gets a template with the prompt filled in, and the image as a PNG. Range: 0 to 1. Which
 model, and what it was trained on, is the endpoint's matter; a served open model (vLLM, llama.cpp,
-Ollama, …) and a hosted one work alike. The key is taken from the environment and never written
-anywhere. Judging by a prompted language model: Zheng et al., "Judging LLM-as-a-Judge" (2023).
+Ollama, …) and a hosted one work alike. It is asked once for its list of models (GET /models) before
+anything is drawn, so that a wrong address or key is told then; one that has no such list is taken
+as it is. The key is taken from the environment and never written anywhere. Judging by a prompted
+language model: Zheng et al., "Judging LLM-as-a-Judge" (2023).
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from diffusion_grpo.errors import UsageError
+from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.http_json import RequestFailed, attempt, request
 from diffusion_grpo.reward import reward_factory
 from diffusion_grpo.reward_protocol import encode_png
@@ -53,7 +57,7 @@ def vlm(
 
     Args:
         model: the model's name at the endpoint.
-        base_url: the endpoint, without /chat/completions.
+        base_url: the endpoint, http or https, without /chat/completions.
         template: what is asked, with {prompt}, {lowest} and {highest}; or @FILE to read it from.
         lowest: the score that becomes 0.
         highest: the score that becomes 1.
@@ -68,12 +72,15 @@ def vlm(
         A reward of host images.
 
     Raises:
-        UsageError: a bad option.
+        UsageError: a bad option, no endpoint there, or one that refuses the key.
     """
+    base_url = _checked_url(base_url)
     fields = _checked(template, lowest, highest, extra, concurrency, timeout, retries)
     asked = fields["template"]
-    url = f"{base_url.rstrip('/')}/chat/completions"
+    url = f"{base_url}/chat/completions"
     key = os.environ.get(key_variable, "")
+    _greet(base_url, model, key, key_variable, timeout)
+    resting: dict[str, float] = {}
 
     def judge(image: np.ndarray, prompt: str) -> float:
         question = _fill(asked, prompt=prompt, lowest=f"{lowest:g}", highest=f"{highest:g}")
@@ -93,7 +100,7 @@ def vlm(
             answer = request(server, json.dumps(body).encode(), token=key, timeout=timeout)
             return (read_score(answer, lowest, highest) - lowest) / (highest - lowest)
 
-        return attempt([url], ask, retries=retries)
+        return attempt([url], ask, retries=retries, resting=resting)
 
     def reward(
         images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
@@ -103,6 +110,74 @@ def vlm(
             return np.asarray(list(pool.map(judge, images, prompts)), np.float32)
 
     return reward
+
+
+def _checked_url(base_url: str) -> str:
+    """Return the URL without a slash at its end, or raise a `UsageError`."""
+    url = base_url.strip().rstrip("/")
+    try:
+        parts = urlsplit(url)
+        sound = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        parts, sound = urlsplit(""), False
+    if parts.username is not None:
+        raise UsageError(
+            "vlm.base_url has a user or password in it, which would be written into the run's "
+            "config; set vlm.key_variable and the environment variable of that name instead"
+        )
+    if not sound or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+        raise UsageError(
+            f"vlm.base_url = {base_url!r}; expected a URL such as http://127.0.0.1:8000/v1"
+        )
+    if parts.path.endswith("/chat/completions"):
+        raise UsageError(
+            f"vlm.base_url = {base_url!r}; give it without /chat/completions, which is added"
+        )
+    return url
+
+
+def _greet(base_url: str, model: str, key: str, key_variable: str, timeout: float) -> None:
+    """Ask the endpoint for its models, so that what is wrong with it is told before work starts.
+
+    Any answer that is no refusal will do: not every endpoint lists its models, and some take names
+    that they do not list.
+
+    Raises:
+        UsageError: no answer, a redirect, one that refuses the key, or one that is no JSON.
+    """
+    where = f"vlm.base_url = {base_url!r}: GET /models"
+    try:
+        answer = request(f"{base_url}/models", token=key, timeout=timeout)
+    except RequestFailed as failure:
+        status = failure.status
+        if status is None:
+            raise UsageError(f"{where}: {failure}; is it running, and is its port right?") from None
+        if status in (401, 403):
+            given = "is wrong" if key else "is not set"
+            raise UsageError(
+                f"{where}: {failure}; {key_variable} {given} in the environment"
+            ) from None
+        if 300 <= status < 400:
+            raise UsageError(f"{where}: {failure}; give the URL that it redirects to") from None
+        return
+    try:
+        listed = json.loads(answer)
+    except ValueError:
+        shown = answer[:80].decode("utf-8", "replace")
+        raise UsageError(
+            f"{where} is no JSON: {shown!r}; expected the base of an OpenAI-compatible API, which "
+            "often ends in /v1"
+        ) from None
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    entries = entries if isinstance(entries, list) else []
+    names = [str(e["id"]) for e in entries if isinstance(e, dict) and "id" in e]
+    if names and model not in names:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        print(
+            f"vlm: {base_url} does not list the model {model!r}{suggest(model, names)}; it lists: "
+            f"{shown}",
+            file=sys.stderr,
+        )
 
 
 def _checked(

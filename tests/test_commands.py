@@ -1,6 +1,7 @@
 """The commands that look at models and runs, on a checkpoint that Diffusers itself wrote."""
 
 import json
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
@@ -27,6 +29,7 @@ from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.metrics import metric_meanings, read_metrics
 from diffusion_grpo.pipeline import generate
 from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.report import report_data
 
 
 def read(path):
@@ -53,11 +56,19 @@ def run_dir(checkpoint, tmp_path_factory):
     prompts = folder / "prompts.jsonl"
     lines = [{"prompt": text, "task": "one"} for text in ("a <b>red</b> circle", "a blue square")]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge = folder / "judge.py"
+    judge.write_text(
+        "def score(images, prompts, metadata):\n"
+        "    return images.mean((1, 2, 3)).astype('float32')\n\n\n"
+        "score.name = 'brightness'\n"
+    )
     options = {
         "--model": checkpoint,
         "--prompts": prompts,
         "--prompts.heldout": prompts,
         "--reward.rewards": "jpeg_size",
+        "--eval.gold": f"{judge}:score=-2",
+        "--run.log-every": 2,
         "--rollout.prompts-per-iteration": 2,
         "--rollout.images-per-prompt": 2,
         "--rollout.num-steps": 2,
@@ -95,12 +106,24 @@ def test_a_run_records_what_its_page_shows(run_dir):
     assert abs(found["before"]["metrics"]["kl"]) < 1e-9 < found["after"]["metrics"]["kl"]
     best = json.loads((run_dir / "best.json").read_text())
     assert (run_dir / "best").is_dir() == (best["model"] == "best/")
+    # the gold reward is found under the name that it gives itself, and less of it is better
+    means = [
+        float(np.mean(gallery.numbers(entry, "brightness")))
+        for entry in gallery.entries("evaluation")
+    ]
+    assert best["by"] == ["brightness"] and best["mean"] == pytest.approx(-min(means), rel=1e-4)
+    assert report_data([run_dir])["runs"][0]["gold"] == ["brightness"]
+    # an evaluation writes its line, whatever run.log_every says
+    assert [row["iteration"] for row in read_metrics(run_dir)] == [0, 1]
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("eval/reward/mean")] == [0, 1, 2]
 
 
 def test_every_metric_that_a_run_writes_is_in_the_table(run_dir):
     known = metric_meanings()
     written = {name for row in read_metrics(run_dir) for name in row} - {"iteration"}
-    general = {name: name.replace("/jpeg_size", "/<name>") for name in written}
+    names = re.compile("/(jpeg_size|brightness)")
+    general = {name: names.sub("/<name>", name) for name in written}
     unknown = {
         name
         for name, text in general.items()
@@ -185,6 +208,18 @@ def test_sample_writes_grid_singles_and_animation(checkpoint, tmp_path, capsys):
         assert np.abs(ours - np.asarray(read(path), float)).max() <= 1
 
 
+@pytest.mark.parametrize(("option", "name"), [("--animate", "a.webp"), ("--output", "a.jpg")])
+def test_a_grid_that_its_file_cannot_hold_is_refused_before_it_is_drawn(
+    option, name, checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("diffusion_grpo.pipeline.generate", lambda *_, **__: pytest.fail("drawn"))
+    words = ["--model", checkpoint, "--prompt", "a red circle", "--num-images", 500, "--quiet"]
+    words += [] if option == "--output" else ["--output", "None"]
+    assert main(["sample", *map(str, words), option, str(tmp_path / name)]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "pixels are more than" in told and "--cell-size" in told and "--columns" in told
+
+
 def test_a_contact_sheet_of_hundreds(checkpoint, tmp_path):
     words = ["--model", checkpoint, "--prompts", "{color} {animal}", "--num-prompts", 120]
     words += ["--num-images", 2, "--num-steps", 1, "--columns", 20, "--cell-size", 32]
@@ -208,6 +243,14 @@ def test_a_contact_sheet_of_hundreds(checkpoint, tmp_path):
         (["compare", "shapes-diffusion"], "1 models; expected two to four, or one run"),
         (["compare", "a", "b", "--strip", "s.png"], "show one run"),
         (["compare", "nowhere", "--strip", "s.png"], "'nowhere' holds no run"),
+        (
+            ["compare", "a", "--strip", "s.png", "--reward=clip", "--num_images", "2"],
+            "--num-images, --reward has no effect with --strip or --animation",
+        ),
+        (["compare", "a", "--animation", "s.webp", "--output", "b.png"], "--output has no effect"),
+        (["compare", "a", "b", "--num-steps", "0", "--prompt", "c"], "num_steps is 0; expected 1"),
+        (["evaluate", "shapes-diffusion", "--num-steps", "0"], "num_steps is 0; expected 1"),
+        (["bench", "sd15", "--variant", "fp16"], "measured with random weights; give --model"),
         (["evaluate", "shapes-diffusion", "--output", "a.txt"], "does not end in .json"),
         (["evaluate", "shapes-diffusion", "--samplers", "dim"], "did you mean 'ddim'"),
         (["report", "nowhere"], "holds no run"),
@@ -225,7 +268,9 @@ def test_compare_shows_base_and_tuned_with_their_rewards(run_dir, tmp_path, caps
     path = tmp_path / "compare.png"
     words = ["compare", run_dir, "--reward", "jpeg_size", "--num-steps", 2, "--output", path]
     assert main([str(word) for word in words]) == 0
-    assert "mean reward: run@base " in capsys.readouterr().err.replace(str(run_dir), "run")
+    said = capsys.readouterr().err.replace(str(run_dir), "run")
+    assert "mean reward: run@base " in said
+    assert "guidance scale 2, 2 steps of ddim, clip skip 0, as run says but for what" in said
     picture = read(path)
     assert picture.text["rewards"] == '["jpeg_size"]' and picture.text["num_steps"] == "2"
     pixels = np.asarray(picture).reshape(-1, 3)

@@ -1,9 +1,15 @@
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
+from diffusion_grpo.cli import main
 from diffusion_grpo.evaluate import make_trajectory_kl
 from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.schedule import SchedulerConfig, make_schedule
@@ -46,3 +52,42 @@ def test_kl_of_two_constant_predictions_is_the_closed_form(reduction, elements):
     np.testing.assert_allclose(found, np.full(3, elements * expected), rtol=5e-4)
     own = make_trajectory_kl(policy, schedule, reduction)
     np.testing.assert_array_equal(own(policy.trained, noise, keys, conditioning), np.zeros(3))
+
+
+def scaled(checkpoint, folder, file, endings):
+    """Copy a pipeline with some of its tensors doubled."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / file)
+    chosen = [name for name in tensors if name.endswith(endings)]
+    assert chosen
+    save_file(tensors | {name: 2 * tensors[name] for name in chosen}, folder / file)
+    return folder
+
+
+def test_kl_to_a_base_counts_what_its_text_encoder_does(tmp_path):
+    """Text states twice as large are what keys and values of twice the size make of them."""
+    checkpoint = write_pipeline(tmp_path / "pipeline", **TWO_LEVELS)
+    layer_norm = ("final_layer_norm.weight", "final_layer_norm.bias")
+    keys_and_values = ("attn2.to_k.weight", "attn2.to_v.weight")
+    bases = {
+        "text": scaled(checkpoint, tmp_path / "text", "text_encoder/model.safetensors", layer_norm),
+        "unet": scaled(
+            checkpoint,
+            tmp_path / "unet",
+            "unet/diffusion_pytorch_model.safetensors",
+            keys_and_values,
+        ),
+    }
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    words = ["--reward", "jpeg_size", "--prompts", tmp_path / "prompts.txt", "--num-steps", 3]
+    words += ["--samplers", "ddim", "--num-images", 1, "--output", tmp_path / "kl.json", "--quiet"]
+
+    def kl(model, base):
+        assert main([str(word) for word in ["evaluate", model, "--base", base, *words]]) == 0
+        found = json.loads((tmp_path / "kl.json").read_text())["samplers"]
+        return found["ddim"]["metrics"]["kl"]
+
+    by_unet = kl(checkpoint, bases["unet"])
+    assert by_unet > 1e-6
+    np.testing.assert_allclose(kl(checkpoint, bases["text"]), by_unet, rtol=1e-4)
+    assert kl(bases["text"], bases["unet"]) < 1e-6 * by_unet

@@ -30,6 +30,31 @@ def test_small_images_are_not_enlarged():
     assert (sheet.size, columns, tile) == ((120, 40), 2, (60, 40))
 
 
+@pytest.mark.parametrize("count", [4096, 4100])
+def test_a_sheet_of_thousands_is_one_that_can_be_read_again(count, tmp_path):
+    """WebP ends at 16383 pixels a side; Pillow warns of more than 9459² of them, an error here."""
+    images = np.zeros((count, 1, 300, 3), np.uint8)  # wide and flat, so that the test is quick
+    images[-1] = 200
+    gallery = Gallery(tmp_path)
+    gallery.add("evaluation", 0, images, ["a"] * count, {"total": np.zeros(count)})
+    (entry,) = gallery.entries("evaluation")
+    columns = int(np.ceil(count**0.5))
+    assert entry.columns == columns and entry.tile == (9459 // columns, 1)
+    tiles = gallery.images(entry)
+    assert tiles.shape == (count, 1, 9459 // columns, 3)
+    assert tiles[-1].mean() > 150 and tiles[0].mean() < 20
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (7, 300), (300, 7), (40, 40)])
+def test_no_side_of_a_sheet_is_longer_than_can_be_kept(shape, monkeypatch):
+    monkeypatch.setattr("diffusion_grpo.gallery.LONGEST_SIDE", 500)
+    for count in (1, 2, 5, 12, 13, 150):
+        sheet, columns, tile = contact_sheet(flat([0] * count, *shape), 256)
+        assert max(sheet.size) <= 500 and sheet.width == columns * tile[0]
+        if count == 1:  # as large as asked for while there is room
+            assert max(tile) == min(256, max(shape))
+
+
 def test_a_run_that_goes_back_replaces_what_came_after(tmp_path):
     gallery = Gallery(tmp_path)
     for done in (0, 2, 4):

@@ -226,6 +226,15 @@ def test_an_image_larger_than_its_format_holds_is_refused(tmp_path) -> None:
         save_image(tmp_path / "grid.webp", Image.new("RGB", (16384, 2)))
 
 
+def test_an_animation_larger_than_webp_holds_is_refused(tmp_path) -> None:
+    for size in ((16384, 2), (2, 16384)):
+        with pytest.raises(
+            UsageError, match=r"animation path .* more than WEBP holds \(16383\); sh"
+        ):
+            save_animation(tmp_path / "steps.webp", [Image.new("RGB", size)] * 2)
+    assert not (tmp_path / "steps.webp").exists()
+
+
 def test_cells_of_a_contact_sheet_are_reduced_and_text_has_the_size_asked_for() -> None:
     images = noise(6, 64, 96)
     small = image_grid(images, columns=3, max_size=32)

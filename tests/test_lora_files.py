@@ -142,6 +142,28 @@ def test_what_kohya_s_scripts_write_is_read(blocks, factors, sdxl, model, tmp_pa
     assert len(found) == len(tensors) / 3 > 4
 
 
+@pytest.mark.parametrize("names", ["today", "older"])
+def test_a_unet_s_adapter_of_diffusers_training_scripts_is_read(
+    names, factors, sdxl, model, tmp_path
+):
+    tensors = {}
+    for path, (a, b, _) in factors.items():
+        if ".attn" in path:
+            layer = f"unet.{path}.lora"
+            if names == "older":
+                layer = layer.replace(".to_", ".processor.to_").replace(".0.lora", ".lora")
+                layer = layer.removesuffix(".lora") + "_lora"
+            tensors[f"{layer}.down.weight"] = np.ascontiguousarray(np.asarray(a).T)
+            tensors[f"{layer}.up.weight"] = np.ascontiguousarray(np.asarray(b).T)
+    file = tmp_path / FILE
+    save_file(tensors, file)
+    found = read_lora(file, model)["unet"]
+    pipe = DiffusionPipeline.from_pretrained(sdxl)
+    pipe.load_lora_weights(file)  # its own table of the names
+    _assert_adds(found, _fused(pipe))
+    assert {path.rpartition(".attn")[2] for path in found} >= {"1.to_q", "2.to_out.0"}
+
+
 def test_a_file_for_another_model_is_refused_by_the_layer_s_name(model, tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"lora_unet_nowhere_to_q.lora_down.weight": np.ones((2, 8), np.float32)}, file)

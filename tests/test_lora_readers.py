@@ -1,5 +1,7 @@
 """Adapters of text encoders, of convolutions, and by Stability's names, against PyTorch."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +10,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils.state_dict_utils import DIFFUSERS_OLD_TO_PEFT
 from families import PUBLISHED
 from peft.utils import get_peft_model_state_dict
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch_checkpoints import TOKENS, TWO_LEVELS, WIDTH, write_family, write_pipeline
 
 from diffusion_grpo.cli import main
 from diffusion_grpo.conditioning import encode_prompts
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.lora_files import load_lora, original_name, read_lora
+from diffusion_grpo.lora_files import FILE, load_lora, original_name, read_lora
 from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.pretrained import StableDiffusion
 
@@ -83,6 +87,43 @@ def test_text_encoders_adapters_that_diffusers_writes_are_read(sdxl, tmp_path):
         written[f"{part}_lora_adapter_metadata"] = config
     pipe.save_lora_weights(tmp_path, **written)
     _assert_encodes_like(pipe, sdxl, tmp_path)
+
+
+def _of_transformers_4(tensors):
+    return {f"text_model.{key.removeprefix('text_model.')}": x for key, x in tensors.items()}
+
+
+def _of_older_diffusers(tensors):
+    """Diffusers' own table of its older names, turned around."""
+    renamed = {}
+    for key, x in _of_transformers_4(tensors).items():
+        old, new = next(pair for pair in DIFFUSERS_OLD_TO_PEFT.items() if pair[1] in key)
+        renamed[key.replace(new, old)] = x
+    return renamed
+
+
+SCRIPTS = {
+    "today": convert_state_dict_to_diffusers,
+    "transformers-4": lambda tensors: convert_state_dict_to_diffusers(_of_transformers_4(tensors)),
+    "older": _of_older_diffusers,
+}
+
+
+@pytest.mark.parametrize("names", SCRIPTS)
+def test_text_encoders_adapters_of_diffusers_training_scripts_are_read(names, sdxl, tmp_path):
+    pipe, written = StableDiffusionXLPipeline.from_pretrained(sdxl), {}
+    for part in ENCODERS:
+        _inject(getattr(pipe, part))
+        tensors = get_peft_model_state_dict(getattr(pipe, part))
+        written[f"{part}_lora_layers"] = SCRIPTS[names](tensors)
+    pipe.save_lora_weights(tmp_path, **written)
+    names_of_q = "self_attn.to_q_lora" if names == "older" else "self_attn.q_proj.lora_linear_layer"
+    for part in ENCODERS:
+        pattern = rf"{part}\..*\.{re.escape(names_of_q)}\.down\.weight"
+        assert any(re.fullmatch(pattern, key) for key in load_file(tmp_path / FILE))
+    loaded = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    loaded.load_lora_weights(tmp_path)
+    _assert_encodes_like(loaded, sdxl, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -1,6 +1,7 @@
 """`diffusion-grpo plan`: costs of traced programs, and a run's memory and time."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config
 from diffusion_grpo.costs import program_cost
 from diffusion_grpo.devices import DEVICES, Device
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.kernels import attend, planned_for
 from diffusion_grpo.plan import find_architecture, make_plan
 from diffusion_grpo.published import ARCHITECTURES
@@ -116,6 +118,25 @@ def test_parameters_are_those_of_the_files(tmp_path):
         size for name, size in memory.items() if not name.startswith("while ")
     ) + max(size for name, size in memory.items() if name.startswith("while "))
     assert any("float32 on an accelerator" in line for line in plan["warnings"])
+
+
+def test_an_old_checkpoint_is_planned_at_the_size_that_it_is_loaded_at(tmp_path):
+    source = resource_path("assets", "shapes-diffusion")
+    for name in (
+        "model_index.json",
+        *(f"{p}/config.json" for p in ("unet", "vae", "text_encoder")),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        fields = json.loads((source / name).read_text())
+        if name == "unet/config.json":  # Diffusers takes less than 64 for 64 before 0.9
+            fields |= {"_diffusers_version": "0.6.0", "sample_size": 32}
+        (tmp_path / name).write_text(json.dumps(fields))
+    shutil.copytree(source / "scheduler", tmp_path / "scheduler")
+    assert find_architecture(str(tmp_path)).unet.sample_size == 64
+    fields = json.loads((tmp_path / "unet/config.json").read_text()) | {"in_channels": 9}
+    (tmp_path / "unet/config.json").write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match="in_channels is 9.*inpainting"):
+        find_architecture(str(tmp_path))
 
 
 def test_adapters_of_the_text_encoder_are_counted():

@@ -1,17 +1,22 @@
 import dataclasses
 import json
 import logging
+import re
 import shutil
+import unicodedata
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import regex
 import torch
 from diffusers import StableDiffusionPipeline
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from torch_checkpoints import write_pipeline
+from torch_checkpoints import write_family, write_pipeline
+from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
@@ -20,10 +25,12 @@ from diffusion_grpo.pretrained import (
     load_clip,
     load_tensors,
     local_directory,
+    module_tensors,
 )
 from diffusion_grpo.resources import resource_path
 from diffusion_grpo.sampling import SamplingDefaults, read_sampling, write_sampling
 from diffusion_grpo.shapes import networks
+from diffusion_grpo.shapes.tokenizer import write_tokenizer
 from diffusion_grpo.tensor_files import read_safetensors
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -66,6 +73,105 @@ def test_pipeline_written_by_us_loads_in_diffusers_unchanged(directory, tmp_path
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
     assert (_outputs(pipe) == expected).all()
     assert pipe.scheduler.config.prediction_type == "epsilon"
+
+
+TEXTS = [
+    "",
+    "a red circle above two blue squares",
+    "It's 12 dogs\n\t and  they don't!! wow !",
+    "Ünïcödé: cafe\u0301, straße, 猫, ½, Привет 🐱🚀",
+    "<|startoftext|>a cat<|endoftext|>",
+    "yellow triangles, left of a very large purple blancmange; " * 20,
+]
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+def _slow_ids(folder, text, length=None):
+    """Ids by the files of Transformers 4 alone, as OpenAI's CLIP finds them: merge by merge."""
+    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+    merges = (folder / "merges.txt").read_text("utf-8").rstrip("\n").split("\n")[1:]
+    ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(merges)}
+    special = json.loads((folder / "special_tokens_map.json").read_text("utf-8"))
+    symbols = bytes_to_unicode()
+    ids = []
+    for part in re.split("(" + "|".join(map(re.escape, set(special.values()))) + ")", text):
+        if part in special.values():
+            ids.append(vocabulary[part])
+            continue
+        for word in regex.findall(CLIP_WORDS, unicodedata.normalize("NFC", part).lower()):
+            pieces = [symbols[byte] for byte in word.encode()]
+            pieces[-1] += "</w>"
+            while pairs := {p for p in zip(pieces, pieces[1:], strict=False) if p in ranks}:
+                first = min(pairs, key=ranks.__getitem__)
+                i = 0
+                while i < len(pieces) - 1:
+                    if (pieces[i], pieces[i + 1]) == first:
+                        pieces[i : i + 2] = ["".join(first)]
+                    i += 1
+            ids += [vocabulary[piece] for piece in pieces]
+    begin, end, pad = (vocabulary[special[f"{name}_token"]] for name in ("bos", "eos", "pad"))
+    if length is None:
+        return [begin, *ids, end]
+    ids = [begin, *ids[: length - 2], end]
+    return ids + [pad] * (length - len(ids))
+
+
+def _assert_exported_tokenizer(folder, source):
+    """What was written gives the source's ids, in Transformers 5 and by the files of 4."""
+    original, again = map(CLIPTokenizer.from_pretrained, (source, folder))
+    length = original.model_max_length
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == length
+    for text in TEXTS:
+        for options, slow in (
+            ({}, _slow_ids(folder, text)),
+            (
+                {"padding": "max_length", "truncation": True, "max_length": length},
+                _slow_ids(folder, text, length),
+            ),
+        ):
+            expected = original(text, **options)["input_ids"]
+            assert slow == again(text, **options)["input_ids"] == expected, text
+
+
+def _published_tokenizers(pipeline):
+    """Give the tokenizers the files that published checkpoints have, of Transformers 4."""
+    for part, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        settings = json.loads((pipeline / part / "tokenizer_config.json").read_text())
+        shutil.rmtree(pipeline / part)
+        write_tokenizer(pipeline / part, settings["model_max_length"])
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            fields = json.loads((pipeline / part / name).read_text())
+            (pipeline / part / name).write_text(json.dumps(fields | {"pad_token": pad}))
+    return pipeline
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_tokenizers_written_by_us_have_the_files_of_transformers_4_too(files, tmp_path):
+    source, ours = write_family(tmp_path / "sdxl", "sdxl"), tmp_path / "ours"
+    if files != "tokenizer.json":
+        _published_tokenizers(source)
+    StableDiffusion.from_pretrained(source).save_pretrained(ours)
+    for part in ("tokenizer", "tokenizer_2"):
+        _assert_exported_tokenizer(ours / part, source / part)
+        for name in ("vocab.json", "merges.txt"):
+            assert (source / part / name).exists() == (files != "tokenizer.json")
+            if files != "tokenizer.json":
+                assert (ours / part / name).read_bytes() == (source / part / name).read_bytes()
+
+
+def test_the_embedded_checkpoint_s_tokenizer_is_written_with_the_files_of_transformers_4(tmp_path):
+    source = resource_path("assets", "shapes-diffusion")
+    StableDiffusion.from_pretrained(source).save_pretrained(tmp_path)
+    _assert_exported_tokenizer(tmp_path / "tokenizer", source / "tokenizer")
+
+
+def test_a_special_token_that_was_changed_is_written(directory, tmp_path):
+    write_tokenizer(directory / "tokenizer")
+    model = StableDiffusion.from_pretrained(directory)
+    model.tokenizer.pad_token = "!"
+    model.save_pretrained(tmp_path / "ours")
+    again = StableDiffusion.from_pretrained(tmp_path / "ours")
+    assert again.tokenizer.pad_token == "!"
 
 
 def test_sampling_defaults_travel_with_a_checkpoint_and_diffusers_does_not_mind(
@@ -219,6 +325,27 @@ def test_other_pipelines_are_refused_by_name(directory):
         StableDiffusion.from_pretrained(directory)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"unet": {"in_channels": 9}}, "in_channels is 9, its out_channels 4 .*for inpainting"),
+        ({"unet": {"in_channels": 8}}, "in_channels is 8, its out_channels 4 .*text-to-image"),
+        ({"unet": {"out_channels": 8}}, "in_channels is 4, its out_channels 8 "),
+        ({"vae": {"latent_channels": 16}}, "VAE's latent_channels 16; expected the same number"),
+    ],
+)
+def test_networks_of_other_channels_are_refused_before_weights_are_read(
+    changed, message, directory
+):
+    for part, fields in changed.items():
+        path = directory / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    for weights in directory.rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(UsageError, match=message):
+        StableDiffusion.from_pretrained(directory)
+
+
 HUB = """.gitattributes README.md model_index.json diffusion_grpo.json v1-inference.yaml
 v1-5-pruned.ckpt v1-5-pruned.safetensors v1-5-pruned-emaonly.safetensors v1-5-pruned-emaonly.ckpt
 feature_extractor/preprocessor_config.json safety_checker/config.json
@@ -277,6 +404,78 @@ def test_only_what_is_read_is_downloaded(layout, files, fetched, tmp_path, monke
     assert local_directory("owner/name", revision="v2", layout=layout) == tmp_path
     assert asked == [("owner/name", "v2")]
     assert set((tmp_path / "fetched").read_text().split()) == set(fetched.split())
+
+
+def hub_stub(files, folder, monkeypatch):
+    """Have a hub repository's files appear in a folder as they are asked for; returns who asked."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append(revision)
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).touch()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("variant", "weights", "revisions"),
+    [
+        (
+            "fp16",
+            """unet/diffusion_pytorch_model.fp16 vae/diffusion_pytorch_model.fp16
+            text_encoder/model.fp16""",
+            ["v2"],
+        ),
+        (
+            "non_ema",
+            """unet/diffusion_pytorch_model.non_ema vae/diffusion_pytorch_model
+            text_encoder/model""",
+            ["v2", "c0ffee"],
+        ),
+    ],
+)
+def test_a_component_is_downloaded_plain_where_it_lacks_the_variant(
+    variant, weights, revisions, tmp_path, monkeypatch
+):
+    folder = tmp_path / "c0ffee"
+    asked = hub_stub([name for name in HUB if "-of-" not in name], folder, monkeypatch)
+    assert local_directory("owner/name", revision="v2", variant=variant) == folder
+    assert asked == revisions
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")}
+    assert found == {f"{name}.safetensors" for name in weights.split()}
+
+
+def test_a_variant_that_no_component_has_is_refused(directory, tmp_path, monkeypatch):
+    hub_stub(HUB, tmp_path / "c0ffee", monkeypatch)
+    with pytest.raises(UsageError, match="'bf16', but no component of the checkpoint 'owner/name'"):
+        local_directory("owner/name", variant="bf16")
+    weights = directory / UNET
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(UsageError, match=r"no component of .*copy' has .*expected fp16, or leave"):
+        StableDiffusion.from_pretrained(directory, variant="bf16")
+
+
+def test_a_variant_of_the_unet_alone_is_read_as_diffusers_reads_it(directory):
+    changed = {name: 2 * tensor for name, tensor in load_file(directory / UNET).items()}
+    save_file(
+        changed,
+        directory / "unet/diffusion_pytorch_model.non_ema.safetensors",
+        metadata={"format": "pt"},
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(directory, variant="non_ema")
+    with pytest.warns(UserWarning, match="variant 'non_ema' for vae, text_encoder, read without"):
+        model = StableDiffusion.from_pretrained(directory, variant="non_ema")
+    for name, part in (("unet", model.unet), ("vae", model.vae)):
+        expected = getattr(pipe, name).state_dict()
+        for key, tensor in module_tensors(part).items():
+            np.testing.assert_array_equal(tensor, expected[key].numpy())
+    assert (module_tensors(model.unet)[TENSOR] == changed[TENSOR]).all()
 
 
 def test_a_clip_model_is_downloaded_as_one_model(tmp_path, monkeypatch):

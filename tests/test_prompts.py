@@ -95,6 +95,9 @@ def test_heldout_prompts_are_not_trained_on():
         ("near.csv", "Prompt,n\na hen,2\n", "did you mean 'Prompt'"),
         ("ragged.csv", "prompt,n\na fox,1\na hen\n", "ragged.csv, line 3: expected 2 columns"),
         ("wide.csv", "prompt\na fox,1\n", "wide.csv, line 2: expected 1 columns"),
+        ("wide_index.csv", ",prompt\n0,a fox,1\n", "line 2: expected 2 columns"),
+        ("nameless.csv", "prompt,n,\na,1,2\n", "one of the columns 'prompt', 'n', '' has no name"),
+        ("nameless_too.csv", ",prompt,\n0,a,2\n", "columns '', 'prompt', '' has no name"),
         ("twice.csv", "prompt,n,n\na,1,2\n", "column 'n' is there twice"),
         ("quote.csv", 'prompt\n"a fox\n', "not valid CSV"),
         ("weight.csv", "prompt,weight\na,heavy\n", "line 2: \"weight\" is 'heavy'"),
@@ -182,6 +185,15 @@ def test_csv_columns_are_metadata(tmp_path):
     assert load_prompts(path) == [
         Prompt("a fox, running", {"task": "animal"}, 2.0),
         Prompt('a "red" hen', {"task": "x"}, 1.0),
+    ]
+
+
+def test_row_numbers_that_pandas_writes_are_left_out(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text(",prompt,task\n0,a fox,animal\n1,a hen,bird\n")  # df.to_csv("list.csv")
+    assert load_prompts(path) == [
+        Prompt("a fox", {"task": "animal"}),
+        Prompt("a hen", {"task": "bird"}),
     ]
 
 

@@ -102,6 +102,53 @@ def test_scores_can_be_csv_and_prompts_can_name_their_images(folder) -> None:
     assert main(["score", *words, "pictures/b.png"]) == 2
 
 
+def test_a_prompt_names_its_image_by_as_much_of_the_path_as_tells_it_apart(folder) -> None:
+    for name in ("a", "b2"):
+        (folder / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(folder / name / f"{number}.png")
+    named = ["x/a/0.png", "b2/0.png", str(folder / "a" / "1.png"), "./b2/../b2/1.png"]
+    lines = [{"prompt": f"{i}", "image": image} for i, image in enumerate(named)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--reward", "bright.py", "--images", "b2", "a", "--prompts", "prompts.jsonl"]
+    assert main(["score", *words]) == 0
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert [(row["image"], row["prompt"]) for row in rows] == [
+        ("b2/0.png", "1"),
+        ("b2/1.png", "3"),
+        ("a/0.png", "0"),
+        ("a/1.png", "2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (["c/a/0.png", "d/a/0.png", "b2/0.png"], "the image 'a/0.png' may be 'c/a/0.png' ('0') or"),
+        (["x/0.png", "y/0.png"], "may be 'x/0.png' ('0') or 'y/0.png' ('1')"),
+        (["b2/0.png", "a/0.png", "b2/0.png"], "may be 'b2/0.png' ('0') or 'b2/0.png' ('2')"),
+        (["a/0.png"], "both 'b2/0.png' and 'a/0.png' may be the image 'a/0.png'"),
+        (["z/0.png"], "both 'b2/0.png' and 'a/0.png' may be the image 'z/0.png'"),
+        (["0.png"], None),  # names both as a whole: one prompt, drawn twice
+        (["0.png", "a/0.png"], None),
+        (["0.png", "x/a/0.png"], None),
+    ],
+)
+def test_images_that_a_prompt_may_mean_alike_are_refused(folder, capsys, named, message) -> None:
+    for name in ("a", "b2"):
+        (folder / name).mkdir()
+        Image.new("RGB", (8, 8)).save(folder / name / "0.png")
+    lines = [{"prompt": f"{i}", "image": image} for i, image in enumerate(named)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--images", "b2/0.png", "a/0.png", "--prompts", "prompts.jsonl"]
+    assert main(["score", "--reward", "bright.py", *words]) == (2 if message else 0)
+    if message:
+        assert message in capsys.readouterr().err and not (folder / "scores.jsonl").exists()
+        return
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["0", "1" if len(named) > 1 else "0"]
+
+
 def test_groups_are_compared_and_rewards_combined(folder) -> None:
     (folder / "one.txt").write_text("a\nb\n")
     images = [f"pictures/{name}" for name in ("a.png", "b.png", "d.jpg", "a.png")]
@@ -192,14 +239,30 @@ def test_the_rewards_are_listed(capsys) -> None:
         assert name in list_rewards()
 
 
-def test_a_server_in_a_process_of_its_own_scores_and_stops(folder, monkeypatch) -> None:
+def can_listen_on(host: str) -> bool:
+    import socket
+
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_server_in_a_process_of_its_own_scores_and_stops(folder, monkeypatch, host) -> None:
+    if not can_listen_on(host):
+        pytest.skip(f"this machine has no {host}")
     environment = os.environ | {"REWARD_SERVER_TOKEN": "secret"}
     command = [sys.executable, "-m", "diffusion_grpo", "serve-reward", "bright.py", "--port", "0"]
+    command += ["--host", host]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             line = server.stdout.readline()
-            assert line.startswith("serving reward bright at http://127.0.0.1:")
+            shown = f"[{host}]" if ":" in host else host
+            assert line.startswith(f"serving reward bright at http://{shown}:")
             assert line.endswith("(token of REWARD_SERVER_TOKEN)\n")
             monkeypatch.setenv("REWARD_SERVER_TOKEN", "secret")
             loaded = load_reward(line.split()[4])
@@ -216,6 +279,9 @@ def test_a_server_in_a_process_of_its_own_scores_and_stops(folder, monkeypatch) 
     [
         (["bright.py", "--host", "0.0.0.0"], "lets others in, and there is no token"),
         (["bright.py", "--concurrency", "0"], "concurrency is 0; expected 1 or more"),
+        (["bright.py", "--port", "80000"], "port is 80000; expected 0 to 65535"),
+        (["bright.py", "--port", "-1"], "port is -1; expected 0 to 65535"),
+        (["bright.py", "--max-megabytes", "nan"], "max_megabytes is nan; expected 0.001 or more"),
         (["brite"], "unknown reward 'brite'"),
         ([], "reward"),
     ],

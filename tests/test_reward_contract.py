@@ -23,6 +23,8 @@ CAPTIONS = ["a red circle"] * 4 + ["a blue square"] * 4
 
 def chat(path: str, body: bytes, handler: Any) -> Any:
     """A judge that likes long pictures, as an OpenAI-compatible endpoint says so."""
+    if handler.command == "GET":
+        return {"data": [{"id": "judge"}]}
     content = json.loads(body)["messages"][0]["content"]
     length = len(content[1]["image_url"]["url"])
     return {"choices": [{"message": {"content": f"Well. Score: {length % 97 / 10:.1f}"}}]}

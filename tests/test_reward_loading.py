@@ -88,6 +88,45 @@ def test_a_users_file_shadows_no_module_and_each_load_is_its_own(tmp_path) -> No
     assert str(tmp_path) not in sys.path
 
 
+def test_a_reward_file_imports_what_lies_beside_it_while_it_is_imported(tmp_path) -> None:
+    write(tmp_path / "beside_reward.py", "from beside_package import level\nLEVEL = level.LEVEL\n")
+    (tmp_path / "beside_package").mkdir()
+    write(tmp_path / "beside_package" / "__init__.py", "")
+    write(tmp_path / "beside_package" / "level.py", "LEVEL = 7\n")
+    write(tmp_path / "colorsys.py", "raise ImportError('an installed module goes first')\n")
+    write(tmp_path / "beside_later.py", "LEVEL = 8\n")
+    text = "import colorsys\nimport beside_reward\n\n\ndef score(images, prompts, metadata):\n"
+    text += "    import beside_package.level\n    return beside_reward.LEVEL\n\n\n"
+    text += "def late(images, prompts, metadata):\n    import beside_later\n"
+    file = write(tmp_path / "score.py", text)
+    path = list(sys.path)
+    assert load_reward(f"{file}:score").function(0, 0, 0) == 7
+    assert sys.path == path
+    with pytest.raises(ModuleNotFoundError, match="beside_later"):
+        load_reward(f"{file}:late").function(0, 0, 0)
+    write(tmp_path / "score.py", "import beside_reward\nimport beside_nothing\n")
+    with pytest.raises(UsageError, match="No module named 'beside_nothing' .*score.py, line 2"):
+        load_reward(file)
+    assert sys.path == path
+
+
+def test_the_neighbors_of_two_folders_are_not_taken_for_each_other(tmp_path) -> None:
+    text = "import {0}\n\n\ndef score(images, prompts, metadata):\n    return {0}.LEVEL\n"
+    for name, level in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "common_neighbor.py", f"LEVEL = {level}\n")
+        write(tmp_path / name / f"only_{name}.py", f"LEVEL = {10 * level}\n")
+        write(tmp_path / name / "score.py", text.format("common_neighbor"))
+        write(tmp_path / name / "other.py", text.format(f"only_{name}"))
+    first = load_reward(str(tmp_path / "one" / "score.py"))
+    module = sys.modules["common_neighbor"]
+    for file, level in (("one/score.py", 1), ("one/other.py", 10), ("two/other.py", 20)):
+        assert load_reward(str(tmp_path / file)).function(0, 0, 0) == level
+    with pytest.raises(UsageError, match="imports 'common_neighbor' from .*two.*from .*one.*give"):
+        load_reward(str(tmp_path / "two" / "score.py"))
+    assert sys.modules["common_neighbor"] is module and first.function(0, 0, 0) == 1
+
+
 def test_a_fault_in_a_reward_file_is_reported_with_its_line(tmp_path) -> None:
     path = write(tmp_path / "faulty.py", "import math\n\nLIMIT = math.sqrt('x')\n")
     with pytest.raises(

@@ -40,8 +40,9 @@ def rewards(url: str, **options: Any) -> RewardSet:
 
 @pytest.fixture
 def no_pauses(monkeypatch) -> list[float]:
-    """Record the client's pauses instead of waiting."""
+    """Record the client's pauses instead of waiting; its clock stands still between them."""
     pauses: list[float] = []
+    monkeypatch.setattr(http_json, "clock", lambda: sum(pauses))
     monkeypatch.setattr(http_json, "pause", pauses.append)
     return pauses
 
@@ -117,7 +118,7 @@ def test_several_servers_share_the_work_and_stand_in_for_each_other(no_pauses) -
             assert counts == [4, 4]
         # The second is gone now: the first does it all, without a pause.
         np.testing.assert_array_equal(loaded(images, prompts).total, expected)
-        assert counts == [12, 4] and max(no_pauses) == 0
+        assert counts == [12, 4] and no_pauses == []
     with pytest.raises(RewardError, match=f"'mean' failed: ({first}|{second}): no connection"):
         loaded(images, prompts)
 
@@ -237,7 +238,169 @@ def test_a_body_that_comes_too_slowly_is_given_up() -> None:
         assert post(url, encode_request(pictures(1), ["a"], [{}]))[0] == 200
 
 
+def test_a_body_that_is_too_large_is_answered_after_it_was_sent() -> None:
+    """A plain client reads nothing before it has sent everything."""
+    import http.client
+
+    with serving(service(limits=Limits(bytes=6000))) as url:
+        for chunked in (False, True):
+            connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+            body = (b"x" * 2**20 for _ in range(20)) if chunked else b"x" * 20 * 2**20
+            headers = {"Connection": "close"}
+            connection.request("POST", "/v1/score", body, headers, encode_chunked=chunked)
+            answer = connection.getresponse()
+            assert answer.status == 413 and b"send fewer images at once" in answer.read()
+            connection.close()
+
+
 # --- What the client puts up with ---------------------------------------------------------------
+
+
+def test_a_reward_that_fails_on_one_server_is_asked_of_each_other_once(no_pauses) -> None:
+    calls: list[str] = []
+
+    def reward(name: str, works: bool) -> Any:
+        def score(images, prompts, metadata):
+            calls.append(name)
+            if not works:
+                raise MemoryError("out of memory")
+            return mean(images, prompts, metadata)
+
+        return service(score)
+
+    images, prompts = pictures(), ["a"] * 4
+    with serving(reward("first", False)) as first, serving(reward("second", False)) as second:
+        with serving(reward("third", True)) as third:
+            loaded = rewards(f"{first},{second},{third}", retries=0)
+            np.testing.assert_array_equal(
+                loaded(images, prompts).total, mean(images, prompts, [{}] * 4).astype(np.float32)
+            )
+            assert calls == ["first", "second", "third"]
+        with pytest.raises(
+            RewardError,
+            match=f"{first}: status 500: .*MemoryError.*; {second}: status 500: .*of 2 attempts",
+        ):
+            rewards(f"{first},{second}")(images, prompts)
+    assert calls[3:] == ["first", "second"] and no_pauses == []
+
+
+def test_a_call_that_is_repeated_begins_with_another_server(no_pauses) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def named(name: str) -> Any:
+        def answer(path: str, body: bytes, handler: Any) -> Any:
+            if path != "/v1/score":
+                return INFO
+            images, _, _ = decode_request(body, Limits())
+            asked.append((name, int(images[0, 0, 0, 0])))
+            return (404, "nothing here", {}) if name == "first" else {"scores": [0.0] * len(images)}
+
+        return answer
+
+    images = pictures(2)
+    images[:, 0, 0, 0] = 1, 2
+    with answering(named("first")) as first, answering(named("second")) as second:
+        loaded = rewards(f"{first},{second}", batch_size=1)
+        for _ in range(2):
+            with pytest.raises(RewardError, match="status 404"):
+                loaded(images, ["a", "b"])
+    # the piece that was refused is not refused twice by the same server
+    assert [piece for name, piece in asked if name == "first"] == [1, 2]
+
+
+def test_a_request_that_is_too_large_is_halved_and_later_ones_with_it(no_pauses) -> None:
+    sizes: list[int] = []
+
+    def counted(images, prompts, metadata):
+        sizes.append(len(images))
+        return mean(images, prompts, metadata)
+
+    images, prompts = pictures(7, 64, 64), [str(10**i) for i in range(7)]
+    each = len(encode_request(images[:1], prompts[:1], [{}]))
+    expected = mean(images, prompts, [{}] * 7).astype(np.float32)
+    with serving(service(counted, limits=Limits(bytes=int(2.5 * each)))) as url:
+        loaded = rewards(url)
+        for _ in range(2):
+            np.testing.assert_array_equal(loaded(images, prompts).total, expected)
+    assert sizes == [2, 2, 2, 1] * 2 and no_pauses == []
+    assert loaded.rewards[0].function.images_at_once == 2
+    with serving(service(limits=Limits(bytes=each // 2))) as url:
+        with pytest.raises(RewardError, match="413.*one image cannot be divided.*--max-megabytes"):
+            rewards(url)(images, prompts)
+    with serving(service(of_group(counted), limits=Limits(bytes=int(2.5 * each)))) as url:
+        with pytest.raises(RewardError, match="413.*a group cannot be divided.*--max-megabytes"):
+            rewards(url)(images[:4], prompts[:4], group_size=4)
+
+
+def test_an_answer_that_comes_before_the_body_was_read_is_heard() -> None:
+    """As of a server that hangs up on what is too large."""
+    import socket
+
+    answer = b"HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 9\r\n\r\ntoo large"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def hang_up() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(http_json.RequestFailed, match="status 413: too large") as failed:
+            request(url, b"x" * 50 * 2**20)
+        thread.join()
+    assert failed.value.status == 413
+
+
+@pytest.mark.parametrize(
+    ("asked", "pause"), [("90", 90.0), ("100000", 600.0), ("0", None), ("soon", 0.5)]
+)
+def test_a_pause_is_as_long_as_the_server_asks(asked, pause, no_pauses, capsys) -> None:
+    answers = [(429, "slow down", {"Retry-After": asked}), {"scores": [0.0] * 4}]
+    with answering(lambda path, *_: INFO if path == "/v1/reward" else answers.pop(0)) as url:
+        rewards(url)(pictures(), ["a"] * 4)
+    assert no_pauses == ([] if pause is None else [pause])
+    told = f"{url} asks to wait {pause:.0f} s" if pause and pause > 30 else ""
+    assert capsys.readouterr().err.strip() == told
+
+
+def test_a_pause_can_be_asked_for_by_a_date(no_pauses) -> None:
+    from email.utils import formatdate
+
+    when = formatdate(time.time() + 100, usegmt=True)
+    answers = [(503, "closed", {"Retry-After": when}), {"scores": [0.0] * 4}]
+    with answering(lambda path, *_: INFO if path == "/v1/reward" else answers.pop(0)) as url:
+        rewards(url)(pictures(), ["a"] * 4)
+    assert len(no_pauses) == 1 and 60 < no_pauses[0] <= 101
+
+
+def test_each_of_several_servers_has_the_pause_that_it_asks_for(no_pauses) -> None:
+    asked: list[str] = []
+
+    def named(name: str, wait: int) -> Any:
+        def answer(path: str, body: bytes, handler: Any) -> Any:
+            if path != "/v1/score":
+                return INFO
+            asked.append(name)
+            if asked.count(name) == 1:
+                return (503, "busy", {"Retry-After": str(wait)})
+            return {"scores": [0.0] * 4}
+
+        return answer
+
+    with answering(named("first", 100)) as first, answering(named("second", 7)) as second:
+        loaded = rewards(f"{first},{second}")
+        loaded(pictures(), ["a"] * 4)
+        assert asked == ["first", "second", "second"] and no_pauses == [7.0]
+        for _ in range(3):  # the first has 93 seconds left, whosever turn it is
+            loaded(pictures(), ["a"] * 4)
+        assert set(asked[3:]) == {"second"} and no_pauses == [7.0]
+        no_pauses.append(93.0)
+        for _ in range(2):
+            loaded(pictures(), ["a"] * 4)
+        assert "first" in asked[6:]
 
 
 def test_a_server_that_is_too_slow_is_given_up(no_pauses) -> None:

@@ -330,6 +330,7 @@ def test_published_configs_are_read(text):
         ({"num_train_timesteps": True}, "num_train_timesteps.*int"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"steps_offset": -1}, "steps_offset"),
+        ({"default_spacing": True}, "Unknown field 'default_spacing'"),
         ({"clip_sample_range": 0}, "clip_sample_range"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
@@ -340,6 +341,14 @@ def test_published_configs_are_read(text):
 def test_an_unusable_config_names_the_field(wrong, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
         SchedulerConfig.from_dict(wrong)
+
+
+def test_a_spacing_left_to_the_samplers_is_the_same_noise_schedule():
+    left, named = (SchedulerConfig.from_dict(d) for d in ({}, {"timestep_spacing": "leading"}))
+    assert left == named
+    assert (left.solver_spacing, named.solver_spacing) == ("linspace", "leading")
+    with pytest.raises(UsageError, match="expected default_spacing=False"):
+        dataclasses.replace(left, timestep_spacing="trailing")
 
 
 @pytest.mark.parametrize(

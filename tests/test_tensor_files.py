@@ -132,7 +132,8 @@ def test_variants_are_chosen_by_name(tmp_path, index):
 
 def test_only_a_variant_is_there(tmp_path):
     save_file({"x": np.zeros(1, np.float16)}, tmp_path / "model.fp16.safetensors")
-    with pytest.raises(UsageError, match=r"holds model.fp16.safetensors.*--model.variant"):
+    hint = r"holds model.fp16.safetensors.* --variant fp16 \(`train`: --model.variant fp16\)"
+    with pytest.raises(UsageError, match=hint):
         read_safetensors(tmp_path)
     assert read_safetensors(tmp_path, variant="fp16")["x"].dtype == np.float16
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,20 @@ def pictures(count: int = 4) -> np.ndarray:
 
 def reply(text: Any) -> dict[str, Any]:
     return {"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+
+
+@contextlib.contextmanager
+def judging(judge: Callable[[str, bytes, Any], Any], models: Any = None) -> Iterator[str]:
+    """Run an endpoint that answers GET /v1/models, and all else by `judge`."""
+    models = {"object": "list", "data": [{"id": "judge"}]} if models is None else models
+
+    def handle(path: str, body: bytes, handler: Any) -> Any:
+        if handler.command == "GET":
+            return models if path == "/v1/models" else (404, "nothing here", {})
+        return judge(path, body, handler)
+
+    with answering(handle) as url:
+        yield url
 
 
 def vlm(url: str, **options: Any) -> RewardSet:
@@ -47,7 +63,7 @@ def test_each_image_is_judged_with_its_prompt(monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     images = pictures()
     template = 'Is {this} "{prompt}"? From {lowest} to {highest}.'
-    with answering(judge) as url:
+    with judging(judge) as url:
         judged = vlm(url, template=template, lowest=0, highest=5, max_tokens=7, extra='{"seed": 3}')
         found = judged(images, ["a {dog}", "b", "c", "score: 9"]).total
     np.testing.assert_allclose(found, images[:, 0, 0, 0] / 255, atol=1e-4)
@@ -65,7 +81,7 @@ def test_each_image_is_judged_with_its_prompt(monkeypatch) -> None:
     ],
 )
 def test_the_last_score_of_a_reply_is_read(text, score) -> None:
-    with answering(lambda *_: reply(text)) as url:
+    with judging(lambda *_: reply(text)) as url:
         np.testing.assert_allclose(vlm(url)(pictures(1), ["a"]).total, [score], rtol=1e-6)
 
 
@@ -82,7 +98,7 @@ def test_the_last_score_of_a_reply_is_read(text, score) -> None:
     ],
 )
 def test_a_reply_without_a_score_is_an_error_that_says_what_came(answer, message) -> None:
-    with answering(lambda *_: answer) as url:
+    with judging(lambda *_: answer) as url:
         with pytest.raises(RewardError, match=message):
             vlm(url)(pictures(1), ["a"])
 
@@ -90,8 +106,9 @@ def test_a_reply_without_a_score_is_an_error_that_says_what_came(answer, message
 def test_a_judge_that_hesitates_is_asked_again(monkeypatch) -> None:
     answers = [(429, "slow down", {"Retry-After": "3"}), reply("Well…"), reply("Score: 5")]
     pauses: list[float] = []
+    monkeypatch.setattr(http_json, "clock", lambda: sum(pauses))
     monkeypatch.setattr(http_json, "pause", pauses.append)
-    with answering(lambda *_: answers.pop(0)) as url:
+    with judging(lambda *_: answers.pop(0)) as url:
         found = vlm(url, retries=2)(pictures(1), ["a"]).total
     assert found == [0.5] and pauses == [3.0, 1.0]
 
@@ -104,7 +121,7 @@ def test_a_template_can_be_a_file(tmp_path) -> None:
         asked.append(json.loads(body)["messages"][0]["content"][0]["text"])
         return reply("5")
 
-    with answering(judge) as url:
+    with judging(judge) as url:
         vlm(url, template=f"@{tmp_path / 'ask.txt'}")(pictures(1), ["a dog"])
     assert asked == ["Rate a dog, please."]
 
@@ -118,6 +135,62 @@ def test_options_are_checked() -> None:
         ({"model": "m", "extra": "[1]"}, r"vlm.extra = '\[1\]'; expected a JSON object"),
         ({"model": "m", "concurrency": "0"}, "vlm.concurrency = 0; expected 1 or more"),
         ({"model": "m", "timeout": "0"}, "vlm.timeout = 0.0; expected more than 0"),
+        ({"model": "m", "base_url": "127.0.0.1:8000/v1"}, "expected a URL such as http://"),
+        ({"model": "m", "base_url": "ftp://host/v1"}, "expected a URL such as http://"),
+        ({"model": "m", "base_url": "https:///v1"}, "expected a URL such as http://"),
+        ({"model": "m", "base_url": "http://host/v1?a=b"}, "expected a URL such as http://"),
+        ({"model": "m", "base_url": "http://host:port/v1"}, "expected a URL such as http://"),
+        ({"model": "m", "base_url": "http://h/v1/chat/completions/"}, "without /chat/completions"),
     ):
         with pytest.raises(UsageError, match=message):
             load_reward("vlm", options)
+    with pytest.raises(UsageError, match="user or password in it") as refused:
+        load_reward("vlm", {"model": "m", "base_url": "http://me:secret@host/v1"})
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ((401, '{"error": {"message": "no such key"}}', {}), "401: no such key; OPENAI_API_KEY is"),
+        ((403, "forbidden", {}), "status 403: forbidden; OPENAI_API_KEY is not set"),
+        ((307, "", {"Location": "https://elsewhere/"}), "give the URL that it redirects to"),
+        ((200, "<!doctype html>", {}), "GET /models is no JSON: '<!doctype html>'; .* ends in /v1"),
+    ],
+)
+def test_an_endpoint_that_refuses_is_told_before_the_run(models, message, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with judging(lambda *_: reply("Score: 5"), models) as url:
+        with pytest.raises(UsageError, match=f"vlm.base_url = '{url}/v1'.*{message}"):
+            vlm(url)
+
+
+def test_an_endpoint_that_is_not_there_is_told_before_the_run() -> None:
+    with judging(lambda *_: reply("Score: 5")) as url:
+        pass
+    with pytest.raises(
+        UsageError, match=f"{url}/v1.*no connection.*is it running, and is its port"
+    ):
+        vlm(url)
+
+
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        ((404, "nothing here", {}), ""),
+        ((405, "not so", {}), ""),
+        ((429, "slow down", {}), ""),
+        ((503, "loading the model", {}), ""),
+        ({"models": ["judge"]}, ""),
+        ({"data": 3}, ""),
+        ({"data": []}, ""),
+        (["judge"], ""),
+        ({"data": [{"id": "other"}, {"id": "judge"}]}, ""),
+        ({"data": [{"id": "jugde"}]}, "does not list the model 'judge' (did you mean 'jugde'?)"),
+    ],
+)
+def test_an_endpoint_need_not_list_its_models(models, told, capsys) -> None:
+    with judging(lambda *_: reply("Score: 5"), models) as url:
+        assert vlm(url)(pictures(1), ["a"]).total == [0.5]
+    said = capsys.readouterr().err
+    assert told in said if told else said == ""

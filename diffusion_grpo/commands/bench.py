@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_grpo.commands.common import Talk, check_output, parse
-from diffusion_grpo.commands.models import find_model
+from diffusion_grpo.commands.models import find_models
 from diffusion_grpo.errors import UsageError
 
 # What is small enough to be measured in seconds to minutes; flags change it.
@@ -59,6 +59,10 @@ class BenchOptions:
     """Preset to take model and geometry from: demo or sd15."""
     model: str | None = None
     """Checkpoint in the Diffusers layout, instead of the preset's; or a run."""
+    variant: str | None = None
+    """Variant of its weight files, such as fp16; without it, RUN@base has the run's."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository; without it, RUN@base has the run's."""
     prompts: int | None = None
     """P, prompts an iteration. Options that are not given are the preset's."""
     images_per_prompt: int | None = None
@@ -197,6 +201,13 @@ def run(words: Sequence[str]) -> list[Path]:
     from diffusion_grpo.published import ARCHITECTURES, random_pipeline
 
     random = options.model is None and options.preset in ARCHITECTURES
+    given = {name: getattr(options, name) for name in ("variant", "revision")}
+    for name, value in given.items():
+        if random and value is not None:
+            raise UsageError(
+                f"{name} is {value!r}, but without --model the preset {options.preset!r} is "
+                f"measured with random weights; give --model, or leave --{name} out"
+            )
     config = bench_config(options, random=random)
     peer_file = options.peer_file() if options.against else None
 
@@ -219,8 +230,10 @@ def run(words: Sequence[str]) -> list[Path]:
             unet_param_dtype=jnp.float32 if full else None,
         )
     else:
-        place = find_model(options.model or config.model.pretrained)
-        model = load_model(config, local_directory(place))
+        (source,) = find_models([options.model or config.model.pretrained], **given)
+        place = local_directory(source.place, revision=source.revision, variant=source.variant)
+        chosen = dataclasses.replace(config.model, variant=source.variant)
+        model = load_model(dataclasses.replace(config, model=chosen), place)
     work = Workload(config, model, random_tokens=random_tokens)
 
     def save(record: dict[str, Any]) -> None:

@@ -11,13 +11,17 @@ import numpy as np
 import tyro
 
 from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
-from diffusion_grpo.commands.models import find_model, label, reward_options
+from diffusion_grpo.commands.models import find_models, label, reward_options, run_model
 from diffusion_grpo.comparison import comparison_grid, time_lapse_frames, time_lapse_strip
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.grids import TEXT_SIZE
 from diffusion_grpo.images import check_image_path, save_animation, save_image
-from diffusion_grpo.sampling import SamplingDefaults, check_sampler
+from diffusion_grpo.prompts import Prompt, load_heldout
+from diffusion_grpo.sampling import SamplingDefaults, check_sampler, read_sampling
+
+# What has a say in a time-lapse.
+TIME_LAPSE = ("models", "strip", "animation", "num_prompts", "font_size", "quiet", "verbose")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +29,11 @@ class CompareOptions:
     """Draw two to four models at the same prompts and seeds, side by side.
 
     A run directory stands for the model it trained, RUN@best for its best and RUN@base for what it
-    started from; a run alone is compared with its base. With --strip or --animation, the pictures
-    that a run recorded at its evaluations are shown over time, and no model is needed.
+    started from; a run alone is compared with its base. All are drawn alike: steps, guidance scale
+    and clip skip are those that the last run's model says it was evaluated with
+    (diffusion_grpo.json), or without a run, what the last checkpoint that has the file says; they
+    are printed. With --strip or --animation, the pictures that a run recorded at its evaluations
+    are shown over time, and no model is needed.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -40,7 +47,8 @@ class CompareOptions:
     prompt: tuple[str, ...] = ()
     """Prompts."""
     prompts: str | None = None
-    """A prompt list instead; without any, a run's own held-out list."""
+    """A prompt list instead; without any, what the first run held out of training: its held-out
+    list, or its share of the training list (that list itself where nothing was held out)."""
     num_prompts: int = 6
     """At most so many prompts, from the first."""
     num_images: int = 1
@@ -55,13 +63,17 @@ class CompareOptions:
     sampler: str = "ddim"
     """ddim, ddpm, dpm++ or euler."""
     num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """T; the default is what the first checkpoint says, or 50."""
+    """T of all models; the default is what the last run's model says, or 50."""
     guidance_scale: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """s; the default is what the first checkpoint says, or 5."""
+    """s of all models; the default is what the last run's model says, or 5."""
     eta: float = 0.0
     """η of the sampler ddim."""
     negative_prompt: str = ""
     """Text of the unconditional half of the guidance."""
+    variant: str | None = None
+    """Variant of checkpoints' weight files, such as fp16; without it, RUN@base has the run's."""
+    revision: str | None = None
+    """Branch, tag or commit of hub repositories; without it, RUN@base has the run's."""
     font_size: int = TEXT_SIZE
     """Of the captions, in pixels."""
     batch_size: int = 16
@@ -79,18 +91,42 @@ def run(words: Sequence[str]) -> list[Path]:
     options = parse(CompareOptions, words, "diffusion-grpo compare")
     check_counts(options, "num_prompts", "num_images", "font_size", "batch_size")
     if options.strip is not None or options.animation is not None:
+        _check_time_lapse(options, words)
         return _time_lapse(options)
     return _side_by_side(options)
+
+
+def _check_time_lapse(options: CompareOptions, words: Sequence[str]) -> None:
+    """Refuse what a time-lapse would ignore.
+
+    Raises:
+        UsageError: it is asked for.
+    """
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    flags = [
+        flag
+        for field in dataclasses.fields(options)
+        if field.name not in TIME_LAPSE
+        and (flag := f"--{field.name.replace('_', '-')}") in given
+        and not (field.name == "output" and options.output is None)
+    ]
+    if flags:
+        raise UsageError(
+            f"{', '.join(flags)} has no effect with --strip or --animation, which show the "
+            "pictures that the run recorded; expected a `compare` of its own, without these two, "
+            "to draw new ones"
+        )
 
 
 def _time_lapse(options: CompareOptions) -> list[Path]:
     if len(options.models) != 1:
         raise UsageError("--strip and --animation show one run: give one run directory")
-    if not (Path(options.models[0]) / "config.yaml").is_file():
+    run = Path(options.models[0]).expanduser()
+    if not (run / "config.yaml").is_file():
         raise UsageError(
             f"{options.models[0]!r} holds no run; expected what --run.output of `train` named"
         )
-    gallery, written = Gallery(options.models[0]), []
+    gallery, written = Gallery(run), []
     for path in (options.strip, options.animation):
         if path is not None:
             check_image_path(path)
@@ -109,7 +145,7 @@ def _time_lapse(options: CompareOptions) -> list[Path]:
 
 def _side_by_side(options: CompareOptions) -> list[Path]:
     words = list(options.models)
-    if len(words) == 1 and (Path(words[0]) / "config.yaml").is_file():
+    if len(words) == 1 and (Path(words[0]).expanduser() / "config.yaml").is_file():
         words = [f"{words[0]}@base", words[0]]
     if not 2 <= len(words) <= 4:
         raise UsageError(f"{len(words)} models; expected two to four, or one run directory")
@@ -118,18 +154,33 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     if options.output is None:
         raise UsageError("nothing to write: give --output, --strip or --animation")
     check_image_path(options.output)
-    source = options.prompts
-    if not options.prompt and source is None:
-        source = _own_list(words)
-    prompts = read_prompts(options.prompt, source, options.num_prompts)
-    paths = [find_model(word) for word in words]
-    labels = [_label(word, path) for word, path in zip(words, paths, strict=True)]
+    names = ("num_steps", "guidance_scale")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
+    if options.prompt or options.prompts is not None:
+        prompts = read_prompts(options.prompt, options.prompts, options.num_prompts)
+    else:
+        prompts = list(_heldout(words)[: options.num_prompts])
+    sources = find_models(words, revision=options.revision, variant=options.variant)
+    labels = [_label(word, source.place) for word, source in zip(words, sources, strict=True)]
 
     from diffusion_grpo.pipeline import generate
-    from diffusion_grpo.pretrained import DTYPES, StableDiffusion
+    from diffusion_grpo.pretrained import DTYPES, StableDiffusion, local_directory
     from diffusion_grpo.reward import RewardSet, parse_reward_specs
 
     talk = Talk(options.quiet, options.verbose)
+    places = [
+        local_directory(source.place, revision=source.revision, variant=source.variant)
+        for source in sources
+    ]
+    number, own = _own_sampling(words, places)
+    sampling = dataclasses.replace(own, **given)
+    origin = "by default" if number is None else f"as {labels[number]} says"
+    but = f" but for what is given ({', '.join(given)})" if given else ""
+    talk.say(
+        f"all models: guidance scale {sampling.guidance_scale:g}, {sampling.num_steps} steps of "
+        f"{options.sampler}, clip skip {sampling.clip_skip}, {origin}{but}"
+    )
     rewards = (
         RewardSet.load(
             parse_reward_specs(
@@ -146,23 +197,17 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     if rewards is not None:
         rewards.check(texts, metadata, group_size=n, what="num_images")
     images: list[np.ndarray] = []
-    settings: dict[str, Any] = {}
-    for name, path in zip(labels, paths, strict=True):
-        dtype = DTYPES[options.dtype]
-        model = StableDiffusion.from_pretrained(path, dtype=dtype, param_dtype=dtype)
-        if not settings:
-            own = model.sampling or SamplingDefaults()
-            settings = {
-                "num_steps": options.num_steps or own.num_steps,
-                "guidance_scale": own.guidance_scale
-                if options.guidance_scale is None
-                else options.guidance_scale,
-                "sampler": options.sampler,
-                "eta": options.eta,
-                "negative_prompt": options.negative_prompt,
-                "clip_skip": own.clip_skip,
-                "seed": options.seed,
-            }
+    settings: dict[str, Any] = dataclasses.asdict(sampling) | {
+        "sampler": options.sampler,
+        "eta": options.eta,
+        "negative_prompt": options.negative_prompt,
+        "seed": options.seed,
+    }
+    dtype = DTYPES[options.dtype]
+    for name, place, source in zip(labels, places, sources, strict=True):
+        model = StableDiffusion.from_pretrained(
+            place, dtype=dtype, param_dtype=dtype, variant=source.variant
+        )
         with talk.progress(name, len(texts)) as count:
             images.append(
                 generate(
@@ -181,24 +226,55 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
         means = [f"{k} {np.mean(v):.4f}" for k, v in zip(labels, scores, strict=True)]
         talk.say("mean reward: " + ", ".join(means))
     page = comparison_grid(images, labels, texts, scores=scores, text_size=options.font_size)
-    save_image(options.output, page, {"models": words, "rewards": list(options.reward)} | settings)
+    made = {
+        "models": words,
+        "rewards": list(options.reward),
+        "settings_of": "" if number is None else words[number],
+    }
+    save_image(options.output, page, made | settings)
     return [options.output]
 
 
-def _own_list(words: Sequence[str]) -> str:
-    """Return the held-out list of the first run among the models.
+def _heldout(words: Sequence[str]) -> Sequence[Prompt]:
+    """Return what the first run among the models held out of training.
 
     Raises:
-        UsageError: none of them is a run.
+        UsageError: none of them is a run, or its list cannot be read.
     """
-    import yaml
-
-    for word in words:
-        config = Path(word.rpartition("@")[0] or word) / "config.yaml"
-        if config.is_file():
-            lists = yaml.safe_load(config.read_text(encoding="utf-8"))["prompts"]
-            return lists["heldout"] or lists["train"]
+    for found in map(run_model, words):
+        if found is not None:
+            lists = found.config().get("prompts", {})
+            if "train" not in lists:
+                raise UsageError(
+                    f"{found.run / 'config.yaml'} names no prompts.train; give the prompts by "
+                    "--prompt TEXT ..., or by --prompts NAME|FILE"
+                )
+            share = lists.get("heldout_share", 0.0)
+            return load_heldout(lists["train"], lists.get("heldout"), share)[1]
     raise UsageError("give the prompts by --prompt TEXT ..., or by --prompts NAME|FILE")
+
+
+def _own_sampling(
+    words: Sequence[str], places: Sequence[Path]
+) -> tuple[int | None, SamplingDefaults]:
+    """Return what the models are drawn with where nothing else is asked for.
+
+    A base says how it was made, a run's model how it was trained: the last one says it for all, and
+    where no model is a run's, the last checkpoint.
+
+    Args:
+        words: models as given on the command line.
+        places: their directories.
+
+    Returns:
+        The number of the model that says it, or None; and what it says, or the defaults.
+    """
+    trained = [found is not None and found.trained for found in map(run_model, words)]
+    for number in sorted(range(len(words)), key=lambda i: (trained[i], i), reverse=True):
+        own = read_sampling(places[number])
+        if own is not None:
+            return number, own
+    return None, SamplingDefaults()
 
 
 def _label(word: str, path: str) -> str:

@@ -18,7 +18,7 @@ from diffusion_grpo.commands.common import (
     parse,
     read_prompts,
 )
-from diffusion_grpo.commands.models import find_model, reward_options
+from diffusion_grpo.commands.models import find_models, reward_options
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
@@ -51,11 +51,15 @@ class EvaluateOptions:
     seed: int = 0
     """Seed of the noise."""
     num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """T; the default is what the model says, or 50."""
+    """T, of the base too; the default is what the model says, or 50."""
     guidance_scale: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """s; the default is what the model says, or 5."""
+    """s, of the base too; the default is what the model says, or 5."""
     negative_prompt: str = ""
     """Text of the unconditional half of the guidance."""
+    variant: str | None = None
+    """Variant of checkpoints' weight files, such as fp16; without it, RUN@base has the run's."""
+    revision: str | None = None
+    """Branch, tag or commit of hub repositories; without it, RUN@base has the run's."""
     output: Path = Path("evaluation.json")
     """The numbers; the same name with .md gets them as tables."""
     batch_size: int = 16
@@ -77,18 +81,25 @@ def run(words: Sequence[str]) -> list[Path]:
     for sampler in options.samplers:
         check_sampler(sampler, 0.0)
     check_dtype(options.dtype)
+    names = ("num_steps", "guidance_scale")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     path = check_output(options.output, (".json",))
     talk = Talk(options.quiet, options.verbose)
     prompts = read_prompts((), options.prompts, options.num_prompts)
     words = [word for word in (options.model, options.base) if word is not None]
-    places = [find_model(word) for word in words]
+    sources = find_models(words, revision=options.revision, variant=options.variant)
 
     from diffusion_grpo.evaluate import Evaluation
     from diffusion_grpo.evaluation_summary import summarize, to_markdown
     from diffusion_grpo.pipeline import generate
-    from diffusion_grpo.pretrained import DTYPES, StableDiffusion
+    from diffusion_grpo.pretrained import DTYPES, StableDiffusion, local_directory
     from diffusion_grpo.reward import RewardSet, parse_reward_specs
 
+    places = [
+        local_directory(source.place, revision=source.revision, variant=source.variant)
+        for source in sources
+    ]
     chosen = reward_options(words, options.reward, options.reward_options)
     rewards = RewardSet.load(parse_reward_specs(options.reward, chosen))
     rewards.check(
@@ -99,16 +110,14 @@ def run(words: Sequence[str]) -> list[Path]:
     )
     dtype = DTYPES[options.dtype]
     models = [
-        StableDiffusion.from_pretrained(place, dtype=dtype, param_dtype=dtype) for place in places
+        StableDiffusion.from_pretrained(
+            place, dtype=dtype, param_dtype=dtype, variant=source.variant
+        )
+        for place, source in zip(places, sources, strict=True)
     ]
-    own = models[0].sampling or SamplingDefaults()
-    settings: dict[str, Any] = {
-        "num_steps": options.num_steps or own.num_steps,
-        "guidance_scale": own.guidance_scale
-        if options.guidance_scale is None
-        else options.guidance_scale,
+    sampling = dataclasses.replace(models[0].sampling or SamplingDefaults(), **given)
+    settings: dict[str, Any] = dataclasses.asdict(sampling) | {
         "negative_prompt": options.negative_prompt,
-        "clip_skip": own.clip_skip,
         "seed": options.seed,
     }
     n = options.num_images
@@ -127,8 +136,8 @@ def run(words: Sequence[str]) -> list[Path]:
     sections: dict[str, Any] = {}
     for sampler in options.samplers:
         found = []
-        for place, model in zip(places, models, strict=True):
-            with talk.progress(f"{place}, {sampler}", len(texts)) as count:
+        for source, model in zip(sources, models, strict=True):
+            with talk.progress(f"{source.place}, {sampler}", len(texts)) as count:
                 images = generate(
                     model,
                     texts,
@@ -175,7 +184,8 @@ def _divergence(
 ) -> float | None:
     """Return the KL of the model to its base along the model's stochastic trajectories.
 
-    None, and a line that says why, where the two do not share a latent or a text encoding.
+    Each has the prompts as its own text encoders encode them. None, and a line that says why, where
+    the UNets are of different shapes or the noise schedules differ.
     """
     import jax
     import numpy as np
@@ -195,12 +205,16 @@ def _divergence(
         return None
     schedule = make_schedule(model.scheduler_config, settings["num_steps"], eta=1.0)
     measure = make_trajectory_kl(policies[0], schedule, "mean", policies[1])
-    conditioning = encode_prompts(
-        model,
-        texts,
-        negative_prompt=options.negative_prompt,
-        clip_skip=settings["clip_skip"],
-    )
+    conditionings = [
+        encode_prompts(
+            one,
+            texts,
+            negative_prompt=options.negative_prompt,
+            shape=latent_shape(model),
+            clip_skip=settings["clip_skip"],
+        )
+        for one in models
+    ]
     index = np.array(where["prompt_index"]), np.array(where["image_index"])
     start = image_keys(options.seed, 0, *index, "evaluation_initial")
     initial = initial_noise(start, latent_shape(model))
@@ -211,7 +225,7 @@ def _divergence(
                 policies[0].trained,
                 initial[rows],
                 keys[rows],
-                of_rows(conditioning, rows),
+                *(of_rows(conditioning, rows) for conditioning in conditionings),
             )
         )
         for rows in padded_chunks(len(texts), options.batch_size)

@@ -90,7 +90,7 @@ def run(words: Sequence[str]) -> list[Path]:
             place, iteration = Path(folder) / "model", int(which)
             export_checkpoint(directory, iteration, place)
         else:
-            place, iteration = Path(find_model(options.run)), None
+            place, iteration = Path(find_model(options.run).place), None
         return [_write(options, directory, place, iteration)]
 
 

@@ -2,52 +2,174 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 
 from diffusion_grpo.errors import UsageError
 
 
-def find_model(word: str) -> str:
+class Source(NamedTuple):
+    """Where a model is read from: what `StableDiffusion.from_pretrained` takes.
+
+    Attributes:
+        place: a directory, an embedded name or a hub id.
+        revision: of a hub repository; None is its main branch.
+        variant: of the weight files; None takes those without one.
+    """
+
+    place: str
+    revision: str | None = None
+    variant: str | None = None
+
+
+class RunModel(NamedTuple):
+    """A model of a run, as a word on the command line names it.
+
+    Attributes:
+        run: the run directory.
+        which: `final`, `best`, `base`, or what else stood after the @.
+    """
+
+    run: Path
+    which: str
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run made it, and did not start from it."""
+        return self.which != "base"
+
+    def config(self) -> dict[str, Any]:
+        """Return the run's `config.yaml`, section by section.
+
+        Raises:
+            UsageError: it is not the configuration of a run.
+        """
+        path = self.run / "config.yaml"
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{path}: cannot be read as YAML: {error}") from None
+        if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+            raise UsageError(
+                f"{path} is not the configuration of a run; expected what `train` wrote there: "
+                "sections such as model and prompts"
+            )
+        return values
+
+
+def run_model(word: str) -> RunModel | None:
+    """Return which model of which run a word means; None for a checkpoint."""
+    name, at, which = word.rpartition("@")
+    run = Path(name if at else word).expanduser()
+    return RunModel(run, which if at else "final") if (run / "config.yaml").is_file() else None
+
+
+def find_model(word: str) -> Source:
     """Return the checkpoint that a word means: a checkpoint, or a model of a run.
 
     Args:
         word: a directory, an embedded name or a hub id; or a run directory, which stands for its
-            trained model, `RUN@best` for its best one, and `RUN@base` for what it started from.
+            trained model, `RUN@best` for its best one, and `RUN@base` for what it started from, at
+            the run's own `model.revision` and `model.variant`.
 
     Raises:
-        UsageError: the run does not have that model.
+        UsageError: the run does not have that model, or its best one was not kept.
     """
-    name, at, which = word.rpartition("@")
-    run = Path(name if at else word).expanduser()
-    if not (run / "config.yaml").is_file():
-        return word
-    which = which if at else "final"
+    found = run_model(word)
+    if found is None:
+        return Source(word)
+    run, which = found
     if which == "base":
-        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return str(values["model"]["pretrained"])
+        model = found.config().get("model", {})
+        if "pretrained" not in model:
+            raise UsageError(
+                f"{run / 'config.yaml'} names no model.pretrained, which {word!r} stands for; "
+                "expected what `train` wrote there"
+            )
+        return Source(str(model["pretrained"]), model.get("revision"), model.get("variant"))
     if which not in ("final", "best"):
         raise UsageError(
             f"{word!r}: a run has the models final, best and base; expected one of them, or a "
             f"folder that `diffusion-grpo export {run}@N --output FOLDER` wrote"
         )
-    # The best model is kept apart only while it is not the last.
-    found = run / which
-    if which == "best" and not found.is_dir() and (run / "best.json").is_file():
-        found = run / "final"
-    if not found.is_dir():
-        if which == "best":
-            raise UsageError(
-                f"{word!r}: the run has no best/; expected a run with --eval.every, which keeps one"
-            )
+    if which == "best" and not (run / which).is_dir():
+        _check_final_is_best(word, run)
+        which = "final"
+    if not (run / which).is_dir():
         raise UsageError(
             f"{word!r}: the run has no final/; wait for its end, or end it with `diffusion-grpo "
             f"train --resume {run}`, or take a checkpoint of it with `diffusion-grpo export "
             f"{run}@N --output FOLDER`{_at(run)}"
         )
-    return str(found)
+    return Source(str(run / which))
+
+
+def find_models(
+    words: Sequence[str], *, revision: str | None = None, variant: str | None = None
+) -> list[Source]:
+    """Return the checkpoints that words mean, as `find_model` does.
+
+    Args:
+        words: as there.
+        revision: of those that no run trained; None leaves a run's base at the run's own.
+        variant: likewise.
+
+    Raises:
+        UsageError: as there; or a revision or variant is given, but runs trained all the models.
+    """
+    sources = [find_model(word) for word in words]
+    trained = [found is not None and found.trained for found in map(run_model, words)]
+    options = {"revision": revision, "variant": variant}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if all(trained):
+            raise UsageError(
+                f"{name} is {value!r}, but what a run trained is written without one: it is for "
+                f"checkpoints and for RUN@base; leave --{name} out"
+            )
+    return [
+        source if own else source._replace(**given)
+        for own, source in zip(trained, sources, strict=True)
+    ]
+
+
+def _check_final_is_best(word: str, run: Path) -> None:
+    """Find out from `best.json` whether the model of a run without best/ is its final one.
+
+    Raises:
+        UsageError: it is not, or nothing says so; the message says what the best is.
+    """
+    path = run / "best.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{word!r}: the run has no best/; expected a run with --eval.every, which keeps one"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        model, done = str(found["model"]), int(found["iterations"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f'{path} does not say which model is the best; expected JSON with "model" and '
+            f'"iterations", as `train` writes it; take {run} for the final model'
+        ) from None
+    if model == "final/":
+        return
+    if model == "the untrained model":
+        raise UsageError(
+            f"{word!r}: no evaluation of the run was better than that of the untrained model; take "
+            f"{run} for the final model, or {run}@base for what it started from"
+        )
+    mend = f"take {run} for the final model, and --eval.keep-best True in the next run"
+    if (run / "checkpoints" / str(done)).is_dir():
+        mend = f"its checkpoint is there: `diffusion-grpo export {run}@{done} --output FOLDER`"
+    raise UsageError(
+        f"{word!r}: the best evaluation was after {done} iterations, but the run has no best/ "
+        f"({path.name} says: {model}); {mend}"
+    )
 
 
 def _at(run: Path) -> str:
@@ -71,17 +193,16 @@ def reward_options(
         given: `NAME.OPTION=VALUE` each; they come before the run's.
 
     Raises:
-        UsageError: a reward is malformed.
+        UsageError: a reward is malformed, or a run's `config.yaml` is.
     """
     from diffusion_grpo.reward_specs import parse_reward_specs
 
     names = {spec.name for spec in parse_reward_specs(rewards)}
     taken = {option.partition("=")[0] for option in given}
-    for word in words:
-        config = Path(word.rpartition("@")[0] or word).expanduser() / "config.yaml"
-        if not config.is_file():
+    for found in map(run_model, words):
+        if found is None:
             continue
-        options = yaml.safe_load(config.read_text(encoding="utf-8"))["reward"]["options"]
+        options = found.config().get("reward", {}).get("options", ())
         keys = [option.partition("=")[0] for option in options]
         own = [
             option

@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> list[Path]:
 
     config = load_config(start, rest, prog="diffusion-grpo plan")
     device = find_device(device_name)
-    model = find_architecture(config.model.pretrained)
+    model = find_architecture(config.model.pretrained, revision=config.model.revision)
     plan = make_plan(config, model, device, int(count))
     if "--quiet" not in own:
         print(f"{count} x {device_name}, {config.model.pretrained}")

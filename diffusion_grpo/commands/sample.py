@@ -13,10 +13,16 @@ import numpy as np
 import tyro
 
 from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
-from diffusion_grpo.commands.models import find_model
+from diffusion_grpo.commands.models import find_models
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.grids import TEXT_SIZE, image_grid
-from diffusion_grpo.images import check_image_path, save_animation, save_image, to_image
+from diffusion_grpo.images import (
+    check_image_path,
+    check_image_size,
+    save_animation,
+    save_image,
+    to_image,
+)
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
 
@@ -57,9 +63,9 @@ class SampleOptions:
     clip_skip: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Layers of the text encoders to skip; the default is what the checkpoint says, or 0."""
     variant: str | None = None
-    """Variant of the weight files to read, such as fp16."""
+    """Variant of the weight files to read, such as fp16; without it, RUN@base has the run's."""
     revision: str | None = None
-    """Branch, tag or commit of a hub repository."""
+    """Branch, tag or commit of a hub repository; without it, RUN@base has the run's."""
     height: int | None = None
     """In pixels; None takes the checkpoint's."""
     width: int | None = None
@@ -131,20 +137,23 @@ def run(words: Sequence[str]) -> list[Path]:
     given = {name: value for name, value in settings.items() if value is not None}
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     adapters = [_adapter(word) for word in options.lora]
+    (source,) = find_models([options.model], revision=options.revision, variant=options.variant)
 
     from diffusion_grpo.lora_files import load_lora
-    from diffusion_grpo.pipeline import generate
+    from diffusion_grpo.pipeline import generate, latent_shape
     from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 
     dtype = DTYPES[options.dtype]
-    place = find_model(options.model)
     model = StableDiffusion.from_pretrained(
-        place,
+        source.place,
         dtype=dtype,
         param_dtype=dtype,
-        variant=options.variant,
-        revision=options.revision,
+        variant=source.variant,
+        revision=source.revision,
     )
+    factor = model.vae.config.downscale_factor
+    height, width = (factor * n for n in latent_shape(model, options.height, options.width)[:2])
+    _check_sizes(options, prompts, height, width)
     for number, (file, weight) in enumerate(adapters):
         load_lora(model, file, name=f"lora_{number}", weight=weight)
     sampling = dataclasses.replace(model.sampling or SamplingDefaults(), **given)
@@ -210,6 +219,21 @@ def _grid(options: SampleOptions, images: np.ndarray, prompts: Sequence[str]) ->
         max_size=options.cell_size,
         text_size=options.font_size or TEXT_SIZE,
     )
+
+
+def _check_sizes(options: SampleOptions, prompts: Sequence[str], height: int, width: int) -> None:
+    """Refuse a grid of images of a size that is larger than its files hold."""
+    paths = [
+        (path, animated)
+        for path, animated in ((options.output, False), (options.animate, True))
+        if path is not None and path.suffix.lower() != ".png"
+    ]
+    if paths:
+        count = len(prompts) * options.num_images
+        blank = np.broadcast_to(np.uint8(255), (count, height, width, 3))
+        size = _grid(options, blank, prompts).size
+        for path, animated in paths:
+            check_image_size(path, size, animated=animated)
 
 
 def _write_singles(

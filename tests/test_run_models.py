@@ -1,0 +1,181 @@
+"""Which model of a run a word means, and what `compare` takes from the run."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from tiny_run import config
+from torch_checkpoints import TWO_LEVELS, write_pipeline
+
+from diffusion_grpo.cli import main
+from diffusion_grpo.commands.models import Source, find_model, find_models
+from diffusion_grpo.config import to_yaml
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.sampling import SamplingDefaults, write_sampling
+
+UNET = "unet/diffusion_pytorch_model"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = write_pipeline(tmp_path_factory.mktemp("run_models") / "base", **TWO_LEVELS)
+    write_sampling(folder, SamplingDefaults(7.0, 5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory):
+    """A model that says how it was evaluated, and is not the base."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("trained") / "final")
+    file = folder / f"{UNET}.safetensors"
+    tensors = load_file(file)
+    tensors["conv_out.weight"] *= 2
+    save_file(tensors, file)
+    write_sampling(folder, SamplingDefaults(3.0, 2, 1))
+    return folder
+
+
+def write_run(folder, checkpoint, final=None, **changed):
+    """Write a run directory as `train` leaves it, without training."""
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config(checkpoint, folder, **changed)))
+    if final is not None:
+        shutil.copytree(final, run / "final")
+    return run
+
+
+def best(run, model, iterations=2):
+    found = {"iterations": iterations, "mean": 0.5, "by": ["total"], "model": model}
+    (run / "best.json").write_text(json.dumps(found))
+    return f"{run}@best"
+
+
+def test_the_best_model_is_the_one_that_best_json_names(tmp_path, checkpoint):
+    run = write_run(tmp_path, checkpoint)
+    for name in ("final", "best", "checkpoints/2"):
+        (run / name).mkdir(parents=True)
+    assert find_model(best(run, "best/")) == Source(str(run / "best"))
+    (run / "best").rmdir()
+    assert find_model(best(run, "final/")) == Source(str(run / "final"))
+    with pytest.raises(UsageError, match=r"no evaluation .* untrained model; take .*run@base"):
+        find_model(best(run, "the untrained model"))
+    not_kept = "not kept (eval.keep_best is False)"
+    with pytest.raises(UsageError, match=r"after 2 iterations.*not kept.*`.* export \S+run@2 "):
+        find_model(best(run, not_kept))
+    with pytest.raises(UsageError, match=r"after 4 iterations.*--eval.keep-best True"):
+        find_model(best(run, not_kept, 4))
+    with pytest.raises(UsageError, match="after 2 iterations, but the run has no best/"):
+        find_model(best(run, "best/"))
+    (run / "best.json").write_text("[]")
+    with pytest.raises(UsageError, match="best.json does not say which model is the best"):
+        find_model(f"{run}@best")
+
+
+def test_the_base_has_the_revision_and_variant_of_its_run(tmp_path, checkpoint):
+    changed = {"model__revision": "v2", "model__variant": "non_ema"}
+    run = write_run(tmp_path, "owner/name", checkpoint, **changed)
+    base, final = Source("owner/name", "v2", "non_ema"), Source(str(run / "final"))
+    assert find_models([f"{run}@base", str(run)]) == [base, final]
+    given = find_models([f"{run}@base", str(run), "owner/other"], revision="v3", variant="fp16")
+    assert given == [
+        Source("owner/name", "v3", "fp16"),
+        final,
+        Source("owner/other", "v3", "fp16"),
+    ]
+    with pytest.raises(UsageError, match=r"variant is 'fp16', but what a run trained .*--variant"):
+        find_models([str(run), f"{run}@final"], variant="fp16")
+    (run / "config.yaml").write_text("[]")
+    with pytest.raises(UsageError, match="config.yaml is not the configuration of a run"):
+        find_model(f"{run}@base")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "--prompt", "a", "--model", "{run}@base"],
+        ["compare", "{run}", "--prompt", "a"],
+        ["evaluate", "{run}", "--base", "{run}@base"],
+        ["bench", "--model", "{run}@base"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_command_asks_the_hub_for_the_revision_of_the_run(
+    words, tmp_path, checkpoint, monkeypatch, capsys
+):
+    changed = {"model__revision": "v2", "model__variant": "non_ema"}
+    run = write_run(tmp_path, "owner/name", checkpoint, **changed)
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        assert f"{UNET}.non_ema.safetensors" in allow_patterns
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(run=run) for word in words]) == 2
+    assert "'owner/name' (revision 'v2') is not a directory here" in capsys.readouterr().err
+
+
+def test_the_base_is_drawn_with_the_variant_of_the_run(tmp_path, checkpoint, trained):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    run = write_run(tmp_path, base, model__variant="non_ema")
+    shutil.copy(trained / f"{UNET}.safetensors", base / f"{UNET}.non_ema.safetensors")
+
+    def drawn(model):
+        words = ["--prompt", "a circle", "--num-images", "1", "--num-steps", "2", "--font-size"]
+        path = tmp_path / "grid.png"
+        assert main(["sample", "--model", model, *words, "0", "--output", str(path)]) == 0
+        return np.asarray(Image.open(path)).astype(int)
+
+    with pytest.warns(UserWarning, match="no weights of the variant 'non_ema' for vae"):
+        found = drawn(f"{run}@base")
+    assert np.abs(found - drawn(str(base))).max() > 3
+
+
+def compared(words, tmp_path, *options):
+    path = tmp_path / "compare.png"
+    common = ["--prompt", "a circle", "--output", path, *options]
+    assert main([str(word) for word in ["compare", *words, *common]]) == 0
+    with Image.open(path) as image:
+        image.load()
+        names = ("guidance_scale", "num_steps", "clip_skip", "settings_of")
+        return [image.text[name] for name in names]
+
+
+def test_all_columns_are_drawn_as_the_run_was_evaluated(tmp_path, checkpoint, trained, capsys):
+    run = write_run(tmp_path, checkpoint, trained)
+    assert compared([run], tmp_path) == ["3.0", "2", "1", str(run)]
+    said = "guidance scale 3, 2 steps of ddim, clip skip 1, as run says"
+    assert said in capsys.readouterr().err
+    assert compared([run, checkpoint], tmp_path) == ["3.0", "2", "1", str(run)]
+    given = compared([checkpoint, run], tmp_path, "--guidance-scale", "1")
+    assert given == ["1.0", "2", "1", str(run)]
+    assert "as run says but for what is given (guidance_scale)" in capsys.readouterr().err
+    assert compared([checkpoint, trained], tmp_path) == ["3.0", "2", "1", str(trained)]
+
+
+def test_compare_draws_prompts_that_the_run_held_out(tmp_path, checkpoint, trained):
+    run = write_run(tmp_path, checkpoint, trained)
+    texts = [f"a circle number {number}" for number in range(20)]
+    (tmp_path / "all.txt").write_text("\n".join(texts))
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    lists = {"train": str(tmp_path / "all.txt"), "heldout": None, "heldout_share": 0.3}
+    (run / "config.yaml").write_text(yaml.safe_dump(values | {"prompts": lists}))
+    (tmp_path / "seen.py").write_text(
+        "import json, pathlib\n\n"
+        "def seen(images, prompts, metadata):\n"
+        "    pathlib.Path(__file__).with_suffix('.json').write_text(json.dumps(prompts))\n"
+        "    return [0.0] * len(images)\n"
+    )
+    words = ["compare", run, "--reward", tmp_path / "seen.py", "--output", tmp_path / "c.png"]
+    assert main([*map(str, words), "--num-steps", "1", "--num-prompts", "3"]) == 0
+    below = 0.3 * 2**64
+    digests = {text: hashlib.sha256(text.encode()).digest()[:8] for text in texts}
+    held = [text for text in texts if int.from_bytes(digests[text], "big") < below]
+    assert 3 <= len(held) < 20
+    assert json.loads((tmp_path / "seen.json").read_text()) == held[:3]
