@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.learning_sections import GRPOOptions
-from diffusion_grpo.sections import RolloutConfig
+from diffusion_grpo.sections import RewardConfig, RolloutConfig
 
 if TYPE_CHECKING:
     from diffusion_grpo.config import Config
@@ -34,6 +34,7 @@ def check_consistency(config: Config) -> None:
             f"grpo.kl_target is {options.kl_target}, but grpo.beta is 0; expected the β to start "
             "from, above 0, since it is adapted by factors"
         )
+    _check_combination(config)
     if config.eval.stochastic and not rollout.eta:
         raise UsageError(
             "eval.stochastic is True, but rollout.eta is 0: without noise there are no densities "
@@ -196,6 +197,21 @@ def _check_loss(options: GRPOOptions) -> None:
         raise UsageError(
             "grpo.kl_in is 'reward' and grpo.combine is 'advantages', which leaves no summed "
             "reward to subtract the KL from; expected grpo.kl_in = 'loss' or combine = 'rewards'"
+        )
+
+
+def _check_combination(config: Config) -> None:
+    reward = config.reward
+    if config.grpo.combine == "advantages" and reward.combine != "weighted":
+        raise UsageError(
+            f"reward.combine is {reward.combine!r} and grpo.combine is 'advantages', which adds "
+            "up the rewards' advantages and has no use for another combination; expected "
+            "reward.combine = 'weighted' or grpo.combine = 'rewards'"
+        )
+    if reward.pessimism != RewardConfig.pessimism and reward.combine != "ensemble":
+        raise UsageError(
+            f"reward.pessimism is {reward.pessimism}, but reward.combine is {reward.combine!r}, "
+            "which has none; expected reward.combine = 'ensemble'"
         )
 
 

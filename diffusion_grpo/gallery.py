@@ -65,6 +65,7 @@ class Gallery:
     def __init__(self, run_dir: str | Path) -> None:
         """Name the folder; nothing is made before something is added."""
         self.folder = Path(run_dir) / FOLDER
+        self._last: dict[Kind, int] = {}
 
     def add(
         self,
@@ -94,12 +95,16 @@ class Gallery:
             extra["advantages"] = _rounded(extra["advantages"])
         rows = {key: _rounded(values) for key, values in scores.items()}
         entry = Entry(iteration, name, columns, tile, list(prompts), rows, **extra)
-        entries = self.entries(kind)
-        if any(old.iteration >= iteration for old in entries):
-            self._write(kind, [*(old for old in entries if old.iteration < iteration), entry])
+        # What is there is read once, not at every iteration: it grows with them.
+        if kind not in self._last:
+            self._last[kind] = max((old.iteration for old in self.entries(kind)), default=-1)
+        if self._last[kind] >= iteration:
+            earlier = [old for old in self.entries(kind) if old.iteration < iteration]
+            self._write(kind, [*earlier, entry])
         else:
             with self._index(kind).open("a", encoding="utf-8") as file:
                 file.write(_line(entry))
+        self._last[kind] = iteration
 
     def entries(self, kind: Kind) -> list[Entry]:
         """Return the sheets' lines in order; a last line that was cut short is left out."""
@@ -107,10 +112,11 @@ class Gallery:
         if not path.is_file():
             return []
         entries = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # By \n alone: a prompt may hold other ends of lines, such as U+2028.
+        for line in filter(None, path.read_bytes().split(b"\n")):
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError:  # the process died while writing
+            except ValueError:  # the process died while writing, perhaps within a character
                 break
             entries.append(Entry(**values | {"tile": tuple(values["tile"])}))
         return entries
@@ -144,6 +150,7 @@ class Gallery:
     def truncate_after(self, done: int) -> None:
         """Forget what came after `done` iterations, before a run goes on from its checkpoint."""
         last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", done))
+        self._last = {}
         for kind, iteration in last:
             entries = self.entries(kind)
             kept = [entry for entry in entries if entry.iteration <= iteration]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,18 +145,20 @@ class Learner:
         )
         self.notes: list[str] = []
 
-    def init(self, num_prompts: int) -> LearnerState:
+    def init(self, num_prompts: int, rewards: Collection[str] = ()) -> LearnerState:
         """Return the state before training.
 
         Args:
             num_prompts: of the training list, for running advantages.
+            rewards: the names in `image_advantages`' scores, if they differ from those of the
+                specifications: a reward may name itself.
         """
         options, reference = self.config.grpo, self.policy.trained
         # Copies: an update donates its state, and the reference must outlive it.
         params = _copy(reference)
         average = None if self.config.optim.ema_decay is None else _copy(reference)
         names = (
-            [spec.name for spec in self.config.training_rewards()]
+            rewards or [spec.name for spec in self.config.training_rewards()]
             if options.combine == "advantages"
             else ["total"]
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
+import warnings
 from pathlib import Path
 
 from diffusion_grpo.errors import UsageError
@@ -16,7 +18,7 @@ class RunLock:
     """A lock on a run directory; a context that holds it.
 
     The operating system lets go of it when the process ends, however it ends, so that none is ever
-    left behind.
+    left behind. Where the file system has no locks, a warning says so.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,7 +37,16 @@ class RunLock:
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                # Some shared file systems know no locks; a run on them has to do without.
+                warnings.warn(
+                    f"run directory {directory} cannot be locked ({error.strerror}): see to it "
+                    "that no second process runs in it",
+                    stacklevel=2,
+                )
+                self._descriptor: int | None = descriptor
+                return
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise UsageError(
@@ -44,7 +55,7 @@ class RunLock:
             ) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._descriptor: int | None = descriptor
+        self._descriptor = descriptor
 
     def __enter__(self) -> RunLock:
         """Return the lock itself."""

@@ -190,7 +190,7 @@ class RewardConfig(Section):
         self.require(bool(self.rewards), "rewards", "at least one reward, such as 'clip=1.0'")
         self.require(all(spec.strip() for spec in self.rewards), "rewards", "no empty name")
         for option in self.options:
-            if not re.fullmatch(r".+\.\w+=.*", option):
+            if not re.fullmatch(r".+\.\w+=.*", option, re.DOTALL):
                 raise UsageError(
                     f"reward.options has {option!r}; expected NAME.OPTION=VALUE, such as "
                     "'clip.model=shapes-clip'"

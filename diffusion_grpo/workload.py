@@ -80,7 +80,7 @@ class Workload:
         self.prompts = [listed[i % len(listed)] for i in range(prompts)]
         self.index = np.repeat(np.arange(prompts), group_size)
         self.group = np.tile(np.arange(group_size), prompts)
-        self.state = self.learner.init(len(listed))
+        self.state = self.learner.init(len(listed), self.rewards.weight_of)
         self.noise = initial_noise(
             image_keys(0, 0, self.index, self.group, "initial_noise"), self.shape
         )

@@ -59,4 +59,5 @@ def aesthetic(
         """Score float32 images [B, H, W, 3] in [0, 1]; returns float32 [B]."""
         return apply_head(layers, embedder.images(images))
 
+    reward.batch_size = batch_size  # so that no more of the images are made floats at once
     return reward

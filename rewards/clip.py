@@ -49,4 +49,5 @@ def clip(
         """Score float32 images [B, H, W, 3] in [0, 1]; returns float32 [B]."""
         return factor * embedder.cosine(images, prompts)
 
+    reward.batch_size = batch_size  # so that no more of the images are made floats at once
     return reward

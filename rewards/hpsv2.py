@@ -65,4 +65,5 @@ def hpsv2(
         """Score float32 images [B, H, W, 3] in [0, 1]; returns float32 [B] in [−1, 1]."""
         return embedder.cosine(images, prompts)
 
+    reward.batch_size = batch_size  # so that no more of the images are made floats at once
     return reward

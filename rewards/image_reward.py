@@ -89,6 +89,7 @@ def image_reward(
         scores = [compiled(weights, images[part], ids[part], mask[part]) for part in rows]
         return jnp.concatenate(scores)[:count]
 
+    reward.batch_size = batch_size  # so that no more of the images are made floats at once
     return reward
 
 

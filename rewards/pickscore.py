@@ -46,4 +46,5 @@ def pickscore(
         """Score float32 images [B, H, W, 3] in [0, 1]; returns float32 [B]."""
         return embedder.logit_scale * embedder.cosine(images, prompts)
 
+    reward.batch_size = batch_size  # so that no more of the images are made floats at once
     return reward

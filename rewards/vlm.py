@@ -35,8 +35,14 @@ TEMPLATE = (
     "Then end with a line 'Score: N', N a number from {lowest} (not at all) to {highest} "
     "(perfectly)."
 )
-_SCORE = re.compile(r"score[^\w-]{0,6}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
-_NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*")
+_FIGURE = r"(-?(?:\d+(?:[.,]\d+)?|\.\d+))"
+# A range between "score" and the number, as in "Score (0-10): 8", is not the score.
+_SCORE = re.compile(
+    rf"\bscore(?:\s*[(\[][^)\]\n]*[)\]]|\s+{_FIGURE}\s*[-–]\s*{_FIGURE}(?=\s*[:=]))?"
+    rf"[^\w.-]{{0,6}}{_FIGURE}",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(rf"\s*{_FIGURE}\s*")
 
 
 @reward_factory
@@ -234,10 +240,11 @@ def read_score(answer: bytes, lowest: float, highest: float) -> float:
         shown = answer[:200].decode("utf-8", "replace")
         raise RequestFailed(f"no chat completion: {shown!r}", temporary=True) from None
     reply = reply if isinstance(reply, str) else ""
-    found = _SCORE.findall(reply) or _NUMBER.fullmatch(reply)
+    whole = _NUMBER.fullmatch(reply)
+    found = [match[3] for match in _SCORE.finditer(reply)] or ([whole[1]] if whole else [])
     if not found:
         raise RequestFailed(f"the reply has no 'Score: N': {reply[-200:]!r}", temporary=True)
-    score = float(found[-1] if isinstance(found, list) else found[1])
+    score = float(found[-1].replace(",", "."))
     if not lowest <= score <= highest:
         raise RequestFailed(
             f"the reply's score {score:g} is not from {lowest:g} to {highest:g}", temporary=True

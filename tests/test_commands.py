@@ -308,9 +308,11 @@ def test_time_lapse_is_drawn_from_what_the_run_recorded(run_dir, tmp_path):
 def test_evaluate_compares_with_the_base_and_measures_the_kl(run_dir, tmp_path, capsys):
     path = tmp_path / "numbers.json"
     words = ["evaluate", run_dir, "--base", f"{run_dir}@base", "--reward", "jpeg_size"]
-    words += ["--prompts", run_dir.parent / "prompts.jsonl", "--num-steps", 2, "--output", path]
+    words += ["--num-steps", 2, "--output", path]
     assert main([str(word) for word in words]) == 0
-    found = json.loads(path.read_text())["samplers"]
+    found = json.loads(path.read_text())
+    assert found["prompts"] == "what the run held out"
+    found = found["samplers"]
     assert list(found) == ["ddim", "ddim, base", "ddpm", "ddpm, base"]
     assert found["ddim"]["metrics"]["kl"] > 0 and found["ddim"]["images"] == 4
     ours, base = (found[name]["rewards"]["jpeg_size"]["mean"] for name in ("ddim", "ddim, base"))

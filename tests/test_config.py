@@ -246,6 +246,11 @@ def test_value_out_of_bounds_is_refused_by_name(section, values):
     ("config", "message"),
     [
         (
+            Config(grpo=GRPOOptions(combine="advantages"), reward=RewardConfig(combine="min")),
+            "reward.combine is 'min' and grpo.combine is 'advantages'",
+        ),
+        (Config(reward=RewardConfig(pessimism=2.0)), "reward.pessimism is 2.0, but reward.combine"),
+        (
             Config(eval=EvalConfig(stochastic=True), rollout=RolloutConfig(eta=0.0)),
             "eval.stochastic is True, but rollout.eta is 0",
         ),
@@ -335,6 +340,7 @@ def test_a_file_that_replaces_the_training_list_does_not_inherit_the_heldout_one
 
 def test_reward_options_may_name_files_and_hold_any_value():
     options = ("clip.model=owner/name", "my.reward.scale=a=b.c", "jpeg_size.quality=")
+    options = (*options, "vlm.template=one line\nand {prompt}")
     assert RewardConfig(options=options).options == options
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -205,3 +206,15 @@ def test_a_second_process_on_a_run_directory_is_refused(finished, tmp_path, caps
             stream.close()
     with RunLock(run):  # the killed process has left a file, and no lock
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_with_a_warning(code, tmp_path, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("diffusion_grpo.run_lock.fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked .*no second process"):
+        lock = RunLock(tmp_path)
+    with lock:
+        assert (tmp_path / ".lock").is_file()

@@ -55,6 +55,36 @@ def test_no_side_of_a_sheet_is_longer_than_can_be_kept(shape, monkeypatch):
             assert max(tile) == min(256, max(shape))
 
 
+def test_prompts_may_hold_any_character(tmp_path):
+    prompts = ["b\u2028c", "d\u2029e", "cut\u0085", "猫\n犬"]
+    gallery = Gallery(tmp_path)
+    for done in (0, 5):
+        gallery.add("evaluation", done, flat([1] * 4), prompts, {"total": np.arange(4.0)})
+    assert [entry.prompts for entry in gallery.entries("evaluation")] == [prompts] * 2
+    index = gallery.folder / "evaluations.jsonl"
+    # a process that dies may write a part of a character
+    line = index.read_bytes().split(b"\n")[0]
+    index.write_bytes(index.read_bytes() + line[: line.index("猫".encode()) + 1])
+    assert [entry.iteration for entry in gallery.entries("evaluation")] == [0, 5]
+    Gallery(tmp_path).truncate_after(5)
+    assert index.read_bytes().count(b"\n") == 2
+
+
+def test_what_was_recorded_is_not_read_again_at_every_iteration(tmp_path, monkeypatch):
+    gallery = Gallery(tmp_path)
+    reads = []
+    entries = Gallery.entries
+    monkeypatch.setattr(Gallery, "entries", lambda *a: reads.append(a) or entries(*a))
+    for iteration in range(5):
+        gallery.add("rollout", iteration, flat([1]), ["a"], {"total": np.zeros(1)})
+    assert len(reads) == 1
+    gallery.add("rollout", 2, flat([1]), ["b"], {"total": np.zeros(1)})  # goes back
+    assert [entry.prompts for entry in entries(gallery, "rollout")] == [["a"], ["a"], ["b"]]
+    gallery.truncate_after(2)
+    gallery.add("rollout", 2, flat([1]), ["c"], {"total": np.zeros(1)})
+    assert [entry.prompts for entry in entries(gallery, "rollout")] == [["a"], ["a"], ["c"]]
+
+
 def test_a_run_that_goes_back_replaces_what_came_after(tmp_path):
     gallery = Gallery(tmp_path)
     for done in (0, 2, 4):

@@ -204,6 +204,16 @@ def test_a_group_learns_as_if_each_image_had_a_prompt_of_its_own(words, checkpoi
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_histories_have_the_names_that_rewards_have_in_the_metrics(checkpoint, tmp_path):
+    model = StableDiffusion.from_pretrained(checkpoint)
+    words = "--grpo.combine advantages --grpo.advantage running --grpo.best-and-worst None"
+    config = config_for(checkpoint, tmp_path, words)
+    policy = make_policy(model, guidance_scale=1.0)
+    learner = make_learner(config, policy, model.scheduler_config, (8, 8, 4))
+    assert set(learner.init(3, {"redness": 1.0}).history) == {"redness"}
+    assert set(learner.init(3).history) == {"jpeg_size"}
+
+
 def test_a_window_beyond_the_steps_with_noise_is_refused_before_anything_is_compiled(
     checkpoint, tmp_path
 ):

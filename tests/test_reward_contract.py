@@ -55,10 +55,13 @@ def options_for(name: str, folder: Path, stack: contextlib.ExitStack) -> dict[st
 @pytest.mark.parametrize("name", list_rewards())
 def test_built_in_reward_keeps_the_contract(name, tmp_path) -> None:
     with contextlib.ExitStack() as stack:
-        reward = load_reward(name, options_for(name, tmp_path, stack))
+        options = options_for(name, tmp_path, stack)
+        reward = load_reward(name, options)
         prompts = QUOTED if name == "ocr" else CAPTIONS
         findings = list(check_reward(reward, sample_images(8, 64), prompts))
     assert reward.name == name
+    # a network is given no more images than it embeds at once; a group is never cut
+    assert reward.of_group or reward.batch_size == (3 if "batch_size" in options else None)
     assert [f for f in findings if f.verdict == "fail"] == []
     assert sum(f.verdict == "ok" for f in findings) >= 3
 

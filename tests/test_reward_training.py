@@ -71,7 +71,9 @@ def test_every_kind_of_reward_trains_the_embedded_model_alike(tmp_path, monkeypa
     with serving(RewardService(wrap_reward(contrast, name="contrast"))) as url:
         named = ("contrast.py", "a_package.scores:contrast", installed(tmp_path), url)
         for number, reward in enumerate(named):
-            assert train(tmp_path / f"run{number}", "--reward", reward) == 0
+            # each reward by itself, with a history: kept under the name that it has in the metrics
+            each = ("--grpo.combine", "advantages", "--grpo.advantage", "running")
+            assert train(tmp_path / f"run{number}", "--reward", reward, *each) == 0
             rows[reward] = read_metrics(tmp_path / f"run{number}")
             name = "glow" if reward == "glow" else "contrast"
             assert all(0 < row[f"reward/{name}/mean"] < 1 for row in rows[reward])

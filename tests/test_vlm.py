@@ -74,6 +74,13 @@ def test_each_image_is_judged_with_its_prompt(monkeypatch) -> None:
     ("text", "score"),
     [
         ("Score: 7", 0.7),
+        ("Score (0-10): 8", 0.8),
+        ("Score [from 0 to 10]: 8", 0.8),
+        ("Score 0-10: 7", 0.7),
+        ("Score: .5", 0.05),
+        ("Score: 7,5", 0.75),
+        ("Score: 8, and not 3", 0.8),
+        ("Score: 8\n\nUnderscore 3", 0.8),
         ("Both are there.\n**Score:** 8.5/10", 0.85),
         ("A score of 2 for color, but overall\nscore = 6", 0.6),
         (" 10 ", 1.0),

@@ -11,13 +11,18 @@ import numpy as np
 import tyro
 
 from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
-from diffusion_grpo.commands.models import find_models, label, reward_options, run_model
+from diffusion_grpo.commands.models import (
+    find_models,
+    heldout_prompts,
+    label,
+    reward_options,
+    run_model,
+)
 from diffusion_grpo.comparison import comparison_grid, time_lapse_frames, time_lapse_strip
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.grids import TEXT_SIZE
 from diffusion_grpo.images import check_image_path, save_animation, save_image
-from diffusion_grpo.prompts import Prompt, load_heldout
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler, read_sampling
 
 # What has a say in a time-lapse.
@@ -159,8 +164,10 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     if options.prompt or options.prompts is not None:
         prompts = read_prompts(options.prompt, options.prompts, options.num_prompts)
+    elif (heldout := heldout_prompts(words)) is not None:
+        prompts = list(heldout[: options.num_prompts])
     else:
-        prompts = list(_heldout(words)[: options.num_prompts])
+        raise UsageError("give the prompts by --prompt TEXT ..., or by --prompts NAME|FILE")
     sources = find_models(words, revision=options.revision, variant=options.variant)
     labels = [_label(word, source.place) for word, source in zip(words, sources, strict=True)]
 
@@ -233,25 +240,6 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     }
     save_image(options.output, page, made | settings)
     return [options.output]
-
-
-def _heldout(words: Sequence[str]) -> Sequence[Prompt]:
-    """Return what the first run among the models held out of training.
-
-    Raises:
-        UsageError: none of them is a run, or its list cannot be read.
-    """
-    for found in map(run_model, words):
-        if found is not None:
-            lists = found.config().get("prompts", {})
-            if "train" not in lists:
-                raise UsageError(
-                    f"{found.run / 'config.yaml'} names no prompts.train; give the prompts by "
-                    "--prompt TEXT ..., or by --prompts NAME|FILE"
-                )
-            share = lists.get("heldout_share", 0.0)
-            return load_heldout(lists["train"], lists.get("heldout"), share)[1]
-    raise UsageError("give the prompts by --prompt TEXT ..., or by --prompts NAME|FILE")
 
 
 def _own_sampling(

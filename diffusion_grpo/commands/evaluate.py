@@ -18,7 +18,7 @@ from diffusion_grpo.commands.common import (
     parse,
     read_prompts,
 )
-from diffusion_grpo.commands.models import find_models, reward_options
+from diffusion_grpo.commands.models import find_models, heldout_prompts, reward_options
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
@@ -40,8 +40,10 @@ class EvaluateOptions:
     """NAME.OPTION=VALUE each; those of the first run hold where nothing else is said."""
     base: str | None = None
     """The model to compare with, as the model is given."""
-    prompts: str = "shapes_heldout"
-    """Prompt list: a name, a file, or a template. Metadata with a task give a table by task."""
+    prompts: str | None = None
+    """Prompt list: a name, a file, or a template; without any, what the first run among model and
+    base held out of training, or without a run, shapes_heldout. Metadata with a task give a table
+    by task."""
     num_prompts: int = 64
     """At most so many prompts, from the first."""
     num_images: int = 2
@@ -86,8 +88,14 @@ def run(words: Sequence[str]) -> list[Path]:
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     path = check_output(options.output, (".json",))
     talk = Talk(options.quiet, options.verbose)
-    prompts = read_prompts((), options.prompts, options.num_prompts)
     words = [word for word in (options.model, options.base) if word is not None]
+    heldout = heldout_prompts(words) if options.prompts is None else None
+    if heldout is None:
+        source = options.prompts or "shapes_heldout"
+        prompts = read_prompts((), source, options.num_prompts)
+    else:
+        source = "what the run held out"
+        prompts = list(heldout[: options.num_prompts])
     sources = find_models(words, revision=options.revision, variant=options.variant)
 
     from diffusion_grpo.evaluate import Evaluation
@@ -164,7 +172,7 @@ def run(words: Sequence[str]) -> list[Path]:
         sections[sampler] = summarize(found[0], base)
         if base is not None:
             sections[f"{sampler}, base"] = summarize(base)
-    made = {"model": options.model, "base": options.base, "prompts": options.prompts}
+    made = {"model": options.model, "base": options.base, "prompts": source}
     table = path.with_suffix(".md")
     text = to_markdown(f"Evaluation of {options.model}", sections)
     numbers = made | settings | {"samplers": sections}

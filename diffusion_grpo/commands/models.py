@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.prompts import Prompt, load_heldout
 
 
 class Source(NamedTuple):
@@ -66,6 +67,28 @@ def run_model(word: str) -> RunModel | None:
     name, at, which = word.rpartition("@")
     run = Path(name if at else word).expanduser()
     return RunModel(run, which if at else "final") if (run / "config.yaml").is_file() else None
+
+
+def heldout_prompts(words: Sequence[str]) -> Sequence[Prompt] | None:
+    """Return what the first run among the models held out of training; None without a run.
+
+    Args:
+        words: models as given on the command line.
+
+    Raises:
+        UsageError: its list cannot be read.
+    """
+    for found in map(run_model, words):
+        if found is not None:
+            lists = found.config().get("prompts", {})
+            if "train" not in lists:
+                raise UsageError(
+                    f"{found.run / 'config.yaml'} names no prompts.train; give the prompts by "
+                    "--prompts NAME|FILE"
+                )
+            share = lists.get("heldout_share", 0.0)
+            return load_heldout(lists["train"], lists.get("heldout"), share)[1]
+    return None
 
 
 def find_model(word: str) -> Source:
