@@ -134,7 +134,8 @@ def describe(work: Workload) -> dict[str, Any]:
         "device": {
             "kind": device.device_kind,
             "platform": device.platform,
-            "count": jax.local_device_count(),
+            "count": 1,  # whatever else is here: all arrays of a workload are on one
+            "available": jax.local_device_count(),
             "cores": cores(),
             "matrix_dtype": config.model.dtype,
         },
@@ -163,8 +164,10 @@ def describe(work: Workload) -> dict[str, Any]:
 def table(record: Mapping[str, Any]) -> str:
     """Return a record as lines of text."""
     work, device = record["work"], record["device"]
+    available = device["available"]
+    used = f", {device['count']} of {available} devices used" if available > 1 else ""
     lines = [
-        f"{device['count']} x {device['kind']} ({device['platform']}), {work['dtype']}, "
+        f"{device['count']} x {device['kind']} ({device['platform']}){used}, {work['dtype']}, "
         f"{work['images']} images of {work['steps']} steps, {work['steps_learned']} learned from "
         f"in {work['images_learned']} of them",
         f"{'phase':<14}{'first call':>12}{'median':>12}{'rate':>24}{'MFU':>8}",

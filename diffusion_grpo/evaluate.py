@@ -53,6 +53,7 @@ class Evaluation:
         tasks: N tasks, where every prompt's metadata have one.
         kl: KL to the reference along stochastic trajectories, a mean over images, if measured.
         gold: name → weight of those of the scores that are not trained on.
+        lower: names of the scores of which less is better: their weight is below 0.
     """
 
     images: np.ndarray
@@ -64,6 +65,7 @@ class Evaluation:
     tasks: list[str] | None = None
     kl: float | None = None
     gold: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lower: tuple[str, ...] = ()
 
     @property
     def groups(self) -> np.ndarray:
@@ -193,6 +195,9 @@ class Evaluator:
             tasks=self._tasks,
             kl=self._measure_kl(trained, division.chunks),
             gold=self._gold.weight_of if self._gold else {},
+            lower=tuple(
+                name for judge in judges for name, weight in judge.weight_of.items() if weight < 0
+            ),
         )
 
     def _start(self, rewards: RewardSet, own: slice) -> Scoring | DividedScoring:

@@ -16,7 +16,8 @@ def summarize(evaluation: Evaluation, base: Evaluation | None = None) -> dict[st
 
     Intervals are over prompts (`stats`). `against_base` has the mean difference and the share of
     images that score higher than the base's at the same prompt and seed. `tasks` has each task's
-    mean, where the prompts' metadata have a task, and `gold` the weight of each gold reward.
+    mean, where the prompts' metadata have a task, `gold` the weight of each gold reward, and
+    `lower` names the rewards of which less is better.
     """
     groups = evaluation.groups
     names = evaluation.reported
@@ -30,6 +31,8 @@ def summarize(evaluation: Evaluation, base: Evaluation | None = None) -> dict[st
     }
     if evaluation.gold:
         summary["gold"] = dict(evaluation.gold)
+    if evaluation.lower:
+        summary["lower"] = list(evaluation.lower)
     if evaluation.tasks:
         tasks = np.array(evaluation.tasks)
         summary["tasks"] = {

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from diffusion_grpo.errors import UsageError
 
 _FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_EXIF_BYTES = 60_000  # of 65,533 that a JPEG segment has, some are EXIF's own
 _LONGEST = {"WEBP": 16383, "JPEG": 65500}  # pixels a side that the format holds
 _IMAGE_DESCRIPTION = 0x010E  # an EXIF tag
 
@@ -72,13 +73,20 @@ def check_image_path(path: str | Path) -> Path:
     return path
 
 
-def check_image_size(path: str | Path, size: tuple[int, int], *, animated: bool = False) -> None:
+def check_image_size(
+    path: str | Path,
+    size: tuple[int, int],
+    *,
+    animated: bool = False,
+    mend: str = "show fewer or smaller images",
+) -> None:
     """Check that the format of a path holds an image of a size, before any work is done for it.
 
     Args:
         path: ends in .png, .webp, .jpg or .jpeg.
         size: width and height of the image in pixels.
         animated: whether it is an animation, which no .png can be instead.
+        mend: what else to do, for the message.
 
     Raises:
         UsageError: a side is longer than the format holds.
@@ -89,8 +97,7 @@ def check_image_size(path: str | Path, size: tuple[int, int], *, animated: bool 
         what, instead = ("animation", "") if animated else ("image", "write a .png, or ")
         raise UsageError(
             f"{what} path {str(path)!r}: {size[0]} x {size[1]} pixels are more than {kind} holds "
-            f"({most}); {instead}show smaller images with --cell-size, or lay them out otherwise "
-            "with --columns"
+            f"({most}); {instead}{mend}"
         )
 
 
@@ -100,7 +107,8 @@ def save_image(
     """Write a PNG, WebP or JPEG that says how it was made.
 
     A PNG has text chunks (tEXt; iTXt for text beyond Latin-1), one an entry; a WebP or JPEG has all
-    entries as one JSON object in EXIF's ImageDescription. WebP and JPEG are lossy, of quality 92.
+    entries as one JSON object in EXIF's ImageDescription. WebP and JPEG are lossy, of quality 92. A
+    JPEG holds 64 kB of it: the longest texts are cut, and end in "…".
 
     Args:
         path: ends in .png, .webp, .jpg or .jpeg; its folder exists.
@@ -125,8 +133,21 @@ def save_image(
         return
     check_image_size(path, image.size)
     exif = Image.Exif()
-    exif[_IMAGE_DESCRIPTION] = json.dumps(dict(metadata or {}))
+    fields = dict(metadata or {})
+    exif[_IMAGE_DESCRIPTION] = _shortened(fields) if kind == "JPEG" else json.dumps(fields)
     image.save(path, kind, quality=92, exif=exif)
+
+
+def _shortened(metadata: dict[str, Any]) -> str:
+    """Return the entries as JSON of no more than a JPEG holds."""
+    text = json.dumps(metadata)
+    while len(text) > _EXIF_BYTES:
+        longest = max(metadata, key=lambda key: len(json.dumps(metadata[key])))
+        value = metadata[longest]
+        whole = value if isinstance(value, str) else json.dumps(value)
+        metadata[longest] = whole.removesuffix("…")[: max(1, len(whole) // 2)] + "…"
+        text = json.dumps(metadata)
+    return text
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:

@@ -10,15 +10,16 @@ from typing import Any
 import yaml
 
 from diffusion_grpo import __version__
+from diffusion_grpo.resources import resolve_checkpoint
 from diffusion_grpo.sampling import SamplingDefaults
 
 _LOADING = {
     "diffusers": """pipe = DiffusionPipeline.from_pretrained("PATH/TO/THIS/DIRECTORY")
 """,
     "merged": """unet = UNet2DConditionModel.from_pretrained("PATH/TO/THIS/DIRECTORY")
-pipe = DiffusionPipeline.from_pretrained({base!r}, unet=unet)
+pipe = DiffusionPipeline.from_pretrained({base}, unet=unet)
 """,
-    "lora": """pipe = DiffusionPipeline.from_pretrained({base!r})
+    "lora": """pipe = DiffusionPipeline.from_pretrained({base})
 pipe.load_lora_weights("PATH/TO/THIS/DIRECTORY")
 """,
 }
@@ -42,29 +43,41 @@ def model_card(
     """
     text = (run / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text)
-    base = str(config["model"]["pretrained"])
+    model, base = config["model"], str(config["model"]["pretrained"])
+    embedded = not Path(base).expanduser().is_dir() and isinstance(resolve_checkpoint(base), Path)
+    source = repr(f"PATH/TO/{base}" if embedded else base)
+    source += "".join(
+        f", {name}={model[name]!r}" for name in ("revision", "variant") if model.get(name)
+    )
+    settings = {
+        "guidance_scale": f"{sampling.guidance_scale:g}",
+        "num_inference_steps": str(sampling.num_steps),
+        **({"clip_skip": str(sampling.clip_skip)} if sampling.clip_skip else {}),
+    }
+    if negative := config["rollout"].get("negative_prompt"):
+        settings["negative_prompt"] = repr(negative)
     algorithm = {"grpo": "GRPO", "nft": "DiffusionNFT"}[config["grpo"]["algorithm"]]
     rewards = ", ".join(f"`{reward}`" for reward in config["reward"]["rewards"])
     trained = {"lora": "a LoRA adapter of its UNet", "full": "its UNet in full"}
     front = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "base_model": base,
+        **({} if embedded else {"base_model": base}),
         "tags": ["text-to-image", "diffusion-grpo", *(["lora"] if kind == "lora" else [])],
     }
-    example = f"from diffusers import {_IMPORTS[kind]}\n\n{_LOADING[kind].format(base=base)}"
-    example += (
-        f"image = pipe(\n    PROMPT, guidance_scale={sampling.guidance_scale:g}, "
-        f"num_inference_steps={sampling.num_steps}\n).images[0]\n"
-    )
+    example = f"from diffusers import {_IMPORTS[kind]}\n\n{_LOADING[kind].format(base=source)}"
+    given = ", ".join(f"{name}={value}" for name, value in settings.items())
+    example += f"image = pipe(\n    PROMPT, {given}\n).images[0]\n"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {run.resolve().name}\n",
         f"`{base}`, {trained[config['model']['trainable']]} fine-tuned toward {rewards} with "
         f"{algorithm} by diffusion-grpo {__version__}.\n",
         "" if iteration is None else f"It is the checkpoint after {iteration} iterations.\n",
         f"```python\n{example}```\n",
-        f"The results are for guidance scale {sampling.guidance_scale:g} and "
-        f"{sampling.num_steps} steps.\n",
+        f"`{base}` comes with diffusion-grpo: `diffusion-grpo list checkpoints` says where.\n"
+        if embedded and kind != "diffusers"
+        else "",
+        f"The results are for {given.replace('=', ' ').replace('_', ' ')}.\n",
         _results(run),
         f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
     ]

@@ -1,14 +1,15 @@
 """Will it fit, and how fast: a run's memory and time on devices that need not be here.
 
 Everything is traced with shapes alone: no weight is read, nothing is compiled or run. Each device
-is given its share of every microbatch, and holds parameters and optimizer state whole.
+is given its share of every microbatch, and of the parameters what `mesh.fsdp` leaves it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lanes import MOST, cores
 from diffusion_grpo.learning import GRPOLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
+from diffusion_grpo.mesh import parameter_spec
 from diffusion_grpo.models.kernels import planned_for
 from diffusion_grpo.models.unet import UNet2DConditionModel
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
@@ -35,6 +37,7 @@ from diffusion_grpo.pretrained import DTYPES, check_fit, local_directory, read_u
 from diffusion_grpo.programs import noise_steps, update_arguments
 from diffusion_grpo.published import ARCHITECTURES, HUB_IDS, Architecture, text_networks
 from diffusion_grpo.schedule import SchedulerConfig
+from diffusion_grpo.trajectories import ESTIMATORS
 
 USABLE = 0.92  # share of a device's memory that a run can have
 
@@ -47,7 +50,7 @@ class Plan:
         memory: part → bytes.
         seconds: phase → seconds an iteration: sample, decode, update, communicate.
         flops: phase → operations of all devices together.
-        communicated: bytes that each device sends in an update.
+        communicated: bytes that each device sends in an iteration.
         largest_microbatch: images differentiated at a time that fit, of one device; 0 for none.
         fits: whether the configured ones do.
         warnings: a line each.
@@ -114,13 +117,22 @@ def make_plan(config: Config, model: Architecture, device: Device, count: int) -
         config: the run's, validated; GRPO.
         model: its networks.
         device: of which kind.
-        count: how many.
+        count: how many; `config.mesh` says how they are laid out, as in a run.
 
     Raises:
-        UsageError: the algorithm is not GRPO, or the devices do not divide the microbatches.
+        UsageError: the algorithm is not GRPO, the mesh has another number of devices, or the
+            devices do not divide the microbatches.
     """
     if config.grpo.algorithm != "grpo":
         raise UsageError("plan knows GRPO alone: grpo.algorithm is 'nft'")
+    mesh = config.mesh
+    laid_out = mesh.fsdp * (max(count // mesh.fsdp, 1) if mesh.data is None else mesh.data)
+    if laid_out != count:
+        raise UsageError(
+            f"mesh.data {mesh.data} x mesh.fsdp {mesh.fsdp} lays a run over {laid_out} devices, "
+            f"but {count} {'is' if count == 1 else 'are'} planned for; expected --devices "
+            f"{laid_out}"
+        )
     for name, size in (
         ("rollout.microbatch", config.rollout.microbatch),
         ("grpo.microbatch", config.grpo.microbatch),
@@ -228,11 +240,18 @@ class _Planner:
         def decode(weights: Any, latents: Any) -> Any:
             return nnx.merge(graphdef, weights).decode(latents)
 
-        trained, frozen = size_of(self.policy.trained), size_of(self.policy.frozen)
-        if not self.policy.reads_tokens:
-            frozen += self.text_bytes()
+        full, fsdp = config.model.trainable == "full", config.mesh.fsdp
+        shards = fsdp if full else 1  # an adapter and all that has its shape are whole everywhere
+        whole = size_of(self.policy.trained)
+        trained = share_of(self.policy.trained, shards)
+        network = share_of(self.policy.frozen, fsdp)
+        frozen = network if self.policy.reads_tokens else network + self.text_bytes()
         optimizer, _ = make_optimizer(config.optim, 1, config.run.iterations)
-        state = size_of(jax.eval_shape(optimizer.init, self.policy.trained))
+        state = share_of(jax.eval_shape(optimizer.init, self.policy.trained), shards)
+        # A program gathers what is divided and holds it beside the shares, while it runs; what a
+        # ring sends for that is all that a device has not got.
+        gather = whole - trained + size_of(self.policy.frozen) - network
+        gathered = gather * fsdp // (fsdp - 1) if gather else 0
 
         def lanes(microbatches: int) -> int:
             """How many microbatches are at work at the same time; see `lanes.py`."""
@@ -250,9 +269,13 @@ class _Planner:
         sample, update = self.sample(drawn), self.update(learned)
         decoded = program_cost(decode, vae_weights, self.noise(drawn))
         programs = {
-            "while sampling": round(device.slack * sample.peak * lanes(images // drawn)),
+            "while sampling": round(
+                device.slack * (sample.peak + gathered) * lanes(images // drawn)
+            ),
             "while decoding": round(device.slack * decoded.peak),
-            "while updating": round(device.slack * update.peak * lanes(chosen // learned)),
+            "while updating": round(
+                device.slack * (update.peak + gathered) * lanes(chosen // learned)
+            ),
         }
         active, steps = self.steps()
         updates, needs = options.updates_per_rollout, self.learner.loss.config
@@ -265,7 +288,10 @@ class _Planner:
         parts = images // drawn
         rate = device.flops if config.model.dtype == "bfloat16" else device.flops_float32
         sampled = parts * device.seconds(sample, rate)
-        communicated = round(2 * (count - 1) / count * trained) * updates
+        # An adapter's gradient is summed over the devices once an update, a network's in each call.
+        reduced = round(2 * (count - 1) / count * whole) * (calls if full else updates)
+        gathers = (parts + calls + self.sweep_calls()) * gather
+        communicated = reduced + gathers
         seconds = {
             "sample": sampled,
             "decode": parts * device.seconds(decoded, rate),
@@ -279,7 +305,8 @@ class _Planner:
         }
         found = Plan(held | programs, seconds, flops, communicated, 0, False, [])
         limit = USABLE * device.memory
-        largest = self.largest(sum(held.values()), update, learned, limit, chosen)
+        fixed = sum(held.values()) + round(device.slack * gathered)
+        largest = self.largest(fixed, update, learned, limit, chosen)
         return dataclasses.replace(
             found,
             largest_microbatch=largest,
@@ -325,6 +352,17 @@ class _Planner:
         active = len(self.learner.plan(self.learner.schedule(0), 0).active)
         return active, self.config.grpo.gradient_steps or active
 
+    def sweep_calls(self) -> int:
+        """Return how many programs of an iteration evaluate recorded steps, without a gradient."""
+        rollout, options, needs = self.config.rollout, self.config.grpo, self.learner.loss.config
+        images = images_learned_from(rollout, options)
+        calls = 0
+        if options.ratio == "trajectory" or needs.kl in ESTIMATORS:  # after the first update
+            calls += (options.updates_per_rollout - 1) * (images // options.microbatch)
+        others = bool(needs.needs_reference_means or needs.needs_reference_log_probs)
+        others += bool(needs.needs_old_means)
+        return calls + others * (images // math.gcd(rollout.microbatch, images))
+
     def text_bytes(self) -> int:
         """Bytes of the text encoders, about: embeddings and layers."""
         numbers = 0
@@ -355,8 +393,18 @@ def size_of(tree: Any) -> int:
     )
 
 
-def table(plan: Plan, limit: float, say: Callable[[str], Any] = print) -> None:
-    """Say a plan as a table."""
+def share_of(tree: Any, size: int) -> int:
+    """Return the bytes that each of `size` devices has of parameters divided as `mesh.divided`."""
+    return sum(
+        size_of(leaf) // (size if "fsdp" in parameter_spec(leaf.shape, size) else 1)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def table(
+    plan: Plan, limit: float, say: Callable[[str], Any] = print, *, rewards: Sequence[str] = ()
+) -> None:
+    """Say a plan as a table, and that of rewards, whose networks it does not know, it has none."""
     for name, size in plan.memory.items():
         say(f"{name:<24}{size / 2**30:>10.3f} GiB")
     say(f"{'peak of each device':<24}{plan.peak / 2**30:>10.3f} GiB of {limit / 2**30:.1f}")
@@ -365,7 +413,10 @@ def table(plan: Plan, limit: float, say: Callable[[str], Any] = print) -> None:
         work = "" if flops is None else f"  {flops / 1e12:.4g} TFLOP"
         say(f"{name:<24}{seconds:>10.4g} s{work}")
     say(f"{'iteration':<24}{sum(plan.seconds.values()):>10.4g} s")
-    say(f"{'sent in an update':<24}{plan.communicated / 2**20:>10.4g} MiB")
+    say(f"{'sent in an iteration':<24}{plan.communicated / 2**20:>10.4g} MiB")
     say(f"{'largest microbatch':<24}{plan.largest_microbatch:>10} images to differentiate")
+    if rewards:
+        names = ", ".join(rewards)
+        say(f"not counted             memory and time of the rewards: {names}")
     for line in plan.warnings:
         say(f"warning: {line}")

@@ -7,13 +7,14 @@ All of them step from x_t with the network's output alone, and differ in numbers
 with x̂₀ and ε̂ read from the output at t, and x̂₀' that of the step before. Latents are those of the
 variance-preserving process, x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε, for every sampler. The coefficients are
 computed in float64; timesteps and noise levels are those of the Diffusers scheduler of the name. So
-where the file names no `timestep_spacing`, `dpm++` and `euler` have linspace, the others leading.
+where the file names no `timestep_spacing`, `dpm++` and `euler` have linspace, the others leading;
+and these two alone read `use_karras_sigmas`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,26 @@ from diffusion_grpo.scheduler_config import (
     alphas_cumprod,
     spaced_timesteps,
 )
+
+# The values of a checkpoint's fields that the two samplers are written for, the default first.
+# Diffusers' schedulers of these names have others, which change what they draw. It takes the names
+# of other classes' solvers for its own: "deis" for "dpmsolver++", "bh2" for "midpoint".
+_SIGMA_CHOICES: dict[str, tuple[Any, ...]] = {
+    "final_sigmas_type": ("zero",),
+    "use_beta_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_karras_sigmas": (False, True, None),
+}
+_SOLVER_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "euler": _SIGMA_CHOICES | {"interpolation_type": ("linear",)},
+    "dpm++": _SIGMA_CHOICES
+    | {
+        "algorithm_type": ("dpmsolver++", "deis"),
+        "solver_order": (2,),
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
+        "use_lu_lambdas": (False, None),
+    },
+}
 
 
 @jax.tree_util.register_dataclass
@@ -83,6 +104,15 @@ def make_solver(
       steps are of first order.
     - `euler`: Karras et al. 2022, algorithm 2 without churn, in σ = √((1−ᾱ)/ᾱ).
 
+    With the checkpoint's `use_karras_sigmas`, `dpm++` and `euler` visit the T noise levels of
+    Karras et al. 2022, eq. 5, with ρ = 7::
+
+        σ_i = (σ_max^(1/ρ) + i/(T−1) (σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ,    i = 0, …, T−1
+
+    and the network is given the t at which the noise schedule has σ_i, interpolated in log σ;
+    `dpm++` rounds it, or cuts its fraction off for a cosine schedule. σ_max and σ_min are those of
+    all timesteps for `dpm++`, and of the timesteps that `timestep_spacing` visits for `euler`.
+
     Args:
         config: the checkpoint's noise schedule.
         sampler: one of `sampling.SAMPLERS`.
@@ -93,9 +123,12 @@ def make_solver(
         The coefficients.
 
     Raises:
-        UsageError: no such sampler, an η for a sampler without one, T out of range.
+        UsageError: no such sampler, an η for a sampler without one, T out of range, or a
+            `solver_options` of the checkpoint with which Diffusers' scheduler of the name draws
+            something else.
     """
     check_sampler(sampler, eta)
+    _check_options(config, sampler)
     if sampler == "ddim":
         return _ddim(config, num_steps, eta)
     if sampler == "ddpm":
@@ -220,23 +253,37 @@ def _ddpm(config: SchedulerConfig, num_steps: int) -> Solver:
 
 def _sigmas(config: SchedulerConfig) -> np.ndarray:
     """Return √((1−ᾱ)/ᾱ) of every training timestep; zero signal is taken for ᾱ = 2⁻²⁴."""
-    table = np.maximum(alphas_cumprod(config), 2.0**-24)
+    table = alphas_cumprod(config)
+    table[table == 0] = 2.0**-24
     return np.sqrt((1 - table) / table)
 
 
+def _karras(
+    table: np.ndarray, highest: float, lowest: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return T noise levels from the highest to the lowest, and their timesteps in the table.
+
+    Levels and timesteps are float64 `[T]`; see `make_solver` for the formula.
+    """
+    # Where a timestep is cut to an integer, the last bit of Diffusers' float32 table decides.
+    table, rho = table.astype(np.float32), 7.0
+    first, last = float(np.float32(highest)) ** (1 / rho), float(np.float32(lowest)) ** (1 / rho)
+    sigma = (first + np.linspace(0, 1, count) * (last - first)) ** rho
+    return sigma, np.interp(np.log(sigma), np.log(table), np.arange(len(table)))
+
+
 def _dpm(config: SchedulerConfig, num_steps: int) -> Solver:
-    total, count = config.num_train_timesteps, num_steps
-    _check_count(count, total)
-    if config.solver_spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, count + 1).round()[::-1][:-1]
-    elif config.solver_spacing == "leading":
-        ratio = total // (count + 1)
-        timesteps = (np.arange(count + 1) * ratio)[::-1][:-1] + config.steps_offset
+    count, table = num_steps, _sigmas(config)
+    _check_count(count, config.num_train_timesteps)
+    if config.use_karras_sigmas:
+        sigma, timesteps = _karras(table, table[-1], table[0], count)
+        # Diffusers rounds, but for the cosine schedule, where it cuts the fraction off.
+        cosine = config.beta_schedule == "squaredcos_cap_v2"
+        timesteps = np.trunc(timesteps) if cosine else timesteps.round()
     else:
-        timesteps = np.arange(total, 0, -total / count)[:count].round() - 1
-    timesteps = timesteps.astype(np.int64)
-    _check_last(timesteps, total, config)
-    sigma = _sigmas(config)[timesteps]
+        _check_clipping(config, table)
+        timesteps = _dpm_timesteps(config, count)
+        sigma = table[timesteps]
     alpha = 1 / np.sqrt(1 + sigma**2)
     noise = sigma * alpha
     lam = np.append(np.log(alpha) - np.log(noise), np.inf)  # the last step ends at σ = 0
@@ -252,6 +299,20 @@ def _dpm(config: SchedulerConfig, num_steps: int) -> Solver:
     return _solver(config, timesteps, alpha, noise, keep=keep, to_x0=to_x0, to_last=to_last)
 
 
+def _dpm_timesteps(config: SchedulerConfig, count: int) -> np.ndarray:
+    total = config.num_train_timesteps
+    if config.solver_spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, count + 1).round()[::-1][:-1]
+    elif config.solver_spacing == "leading":
+        ratio = total // (count + 1)
+        timesteps = (np.arange(count + 1) * ratio)[::-1][:-1] + config.steps_offset
+    else:
+        timesteps = np.arange(total, 0, -total / count)[:count].round() - 1
+    timesteps = timesteps.astype(np.int64)
+    _check_last(timesteps, total, config)
+    return timesteps
+
+
 def _euler(config: SchedulerConfig, num_steps: int) -> Solver:
     total, count = config.num_train_timesteps, num_steps
     _check_count(count, total)
@@ -260,7 +321,13 @@ def _euler(config: SchedulerConfig, num_steps: int) -> Solver:
     else:
         timesteps = spaced_timesteps(config, count).astype(np.float64)
     _check_last(timesteps, total, config)
-    sigma = np.interp(timesteps, np.arange(total), _sigmas(config))
+    table = _sigmas(config)
+    sigma = np.interp(timesteps, np.arange(total), table)
+    if config.use_karras_sigmas:
+        lowest = sigma[-1]
+        if config.solver_spacing == "trailing" and len(np.arange(total, 0, -total / count)) > count:
+            lowest = table[0]  # that of the entry too many that `spaced_timesteps` cuts off
+        sigma, timesteps = _karras(table, sigma[0], lowest, count)
     following = np.append(sigma[1:], 0.0)
     alpha, next_alpha = 1 / np.sqrt(1 + sigma**2), 1 / np.sqrt(1 + following**2)
     # Diffusers starts at σ_max ε for these spacings and at √(σ_max² + 1) ε otherwise.
@@ -273,6 +340,31 @@ def _euler(config: SchedulerConfig, num_steps: int) -> Solver:
         keep=next_alpha / alpha,
         to_noise=next_alpha * (following - sigma),
         initial_scale=float(sigma[0] * alpha[0]) if spread else 1.0,
+    )
+
+
+def _check_options(config: SchedulerConfig, sampler: str) -> None:
+    for name, choices in _SOLVER_CHOICES.get(sampler, {}).items():
+        value = config.solver_options.get(name, choices[0])
+        if name == "use_lu_lambdas" and config.use_karras_sigmas:
+            continue  # Karras' levels go before these
+        # `type` too, because 1 == True and JSON tells them apart.
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            _refuse_option(name, value, sampler, " or ".join(map(repr, choices)))
+
+
+def _check_clipping(config: SchedulerConfig, table: np.ndarray) -> None:
+    """Refuse a least λ = log(√ᾱ/√(1−ᾱ)) that leaves out the noisiest timesteps."""
+    bound, least = config.solver_options.get("lambda_min_clipped", -np.inf), -np.log(table[-1])
+    if type(bound) not in (int, float) or not bound <= least:
+        _refuse_option("lambda_min_clipped", bound, "dpm++", f"at most {least:.4g}")
+
+
+def _refuse_option(name: str, value: Any, sampler: str, expected: str) -> NoReturn:
+    raise UsageError(
+        f"the checkpoint's scheduler_config.json has {name} = {value!r}, which the sampler "
+        f"{sampler} does not support: Diffusers' would draw something else. Expected {expected}; "
+        "change it there, or take the sampler ddim, which does not read it"
     )
 
 

@@ -68,13 +68,17 @@ PIPELINE_CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "StableDiffusionPipelineSafe": _OFFSET_UNCLIPPED,
 }
 
-# Fields that steer another class' solver, or an option that is off: DDIM never reads them.
+# Fields that Diffusers' Euler and multistep DPM-Solver read; DDIM never does.
+SOLVER_FIELDS = frozenset(
+    "algorithm_type euler_at_final final_sigmas_type interpolation_type lambda_min_clipped "
+    "lower_order_final solver_order solver_type use_beta_sigmas use_exponential_sigmas "
+    "use_karras_sigmas use_lu_lambdas".split()
+)
+
+# Fields that steer another class' solver, or an option that is off: no sampler of ours reads them.
 _HARMLESS_FIELDS = frozenset(
-    "algorithm_type disable_corrector dynamic_thresholding_ratio euler_at_final final_sigmas_type "
-    "flow_shift interpolation_type lambda_min_clipped lower_order_final predict_x0 "
-    "sample_max_value skip_prk_steps solver_order solver_p solver_type tensor_format "
-    "time_shift_type use_beta_sigmas use_exponential_sigmas use_karras_sigmas "
-    "use_lu_lambdas".split()
+    "disable_corrector dynamic_thresholding_ratio flow_shift predict_x0 sample_max_value "
+    "skip_prk_steps solver_p tensor_format time_shift_type".split()
 )
 
 # Fields that change what the model means, with the values under which they do not.
@@ -112,6 +116,8 @@ class SchedulerConfig:
         default_spacing: the file names no spacing: `timestep_spacing` is `leading`, and other
             samplers have a default of their own, see `solver_spacing`. Not part of equality, which
             is that of the noise schedule and of DDIM steps.
+        solver_options: the file's fields among `SOLVER_FIELDS`, with the values that it has. Only
+            the samplers `euler` and `dpm++` read them. Not part of equality either.
 
     Raises:
         UsageError: a value is outside its range or not among its choices.
@@ -131,6 +137,7 @@ class SchedulerConfig:
     timestep_spacing: TimestepSpacing = "leading"
     rescale_betas_zero_snr: bool = False
     default_spacing: bool = field(default=False, compare=False)
+    solver_options: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         """Reject what has no meaning, before anything is computed from it."""
@@ -167,6 +174,12 @@ class SchedulerConfig:
             )
         elif not all(0 < beta <= 1 for beta in self.trained_betas):
             raise UsageError("trained_betas has an entry outside (0, 1].")
+        for name in self.solver_options:
+            if name not in SOLVER_FIELDS:
+                raise UsageError(
+                    f"solver_options has {name!r}{suggest(name, sorted(SOLVER_FIELDS))}; expected "
+                    f"some of {', '.join(sorted(SOLVER_FIELDS))}."
+                )
 
     @property
     def solver_spacing(self) -> TimestepSpacing:
@@ -176,6 +189,11 @@ class SchedulerConfig:
         """
         return "linspace" if self.default_spacing else self.timestep_spacing
 
+    @property
+    def use_karras_sigmas(self) -> bool:
+        """Whether Euler and DPM-Solver steps have the noise levels of Karras et al. 2022, eq. 5."""
+        return self.solver_options.get("use_karras_sigmas") is True
+
     @classmethod
     def from_dict(
         cls, config: Mapping[str, Any], *, pipeline: str | None = None
@@ -184,8 +202,8 @@ class SchedulerConfig:
 
         What describes the model, β and `clip_sample`, has the default of the class that wrote the
         file, where the file lacks it: a class without `clip_sample` does not clip. All other fields
-        have the default of `DDIMScheduler`, as in its `from_config`. Fields that only steer another
-        class' solver are ignored by name.
+        have the default of `DDIMScheduler`, as in its `from_config`. Fields that steer the solvers
+        `euler` and `dpm++` are kept for them, unread; those of other solvers are ignored by name.
 
         Last come the values that the pipeline's class sets in its scheduler as it is built: for
         Stable Diffusion 1 and 2 `steps_offset` is 1 and nothing is clipped, as with
@@ -207,7 +225,8 @@ class SchedulerConfig:
                 f"Scheduler class {class_name!r} cannot be sampled by DDIM steps; expected one of "
                 f"{', '.join(_COMPATIBLE_CLASSES)}{suggest(str(class_name), _COMPATIBLE_CLASSES)}."
             )
-        fields = [name for name in cls.__dataclass_fields__ if name != "default_spacing"]
+        ours = ("default_spacing", "solver_options")  # no fields of a file
+        fields = [name for name in cls.__dataclass_fields__ if name not in ours]
         values: dict[str, Any] = {"clip_sample": class_name in _CLIPPING_CLASSES}
         if class_name in _NARROW_CLASSES:
             values |= {"beta_start": 0.00085, "beta_end": 0.012}
@@ -216,22 +235,27 @@ class SchedulerConfig:
                 values[name] = _parse(name, value)
             elif name in _GUARDED_FIELDS:
                 _check_choice(name, value, _GUARDED_FIELDS[name])
-            elif name not in _HARMLESS_FIELDS and not name.startswith("_"):
-                known = (*fields, *_GUARDED_FIELDS, *sorted(_HARMLESS_FIELDS))
+            elif name not in SOLVER_FIELDS | _HARMLESS_FIELDS and not name.startswith("_"):
+                known = (*fields, *_GUARDED_FIELDS, *sorted(SOLVER_FIELDS | _HARMLESS_FIELDS))
                 raise UsageError(
                     f"Unknown field {name!r} (value {value!r}) in the scheduler config of class "
                     f"{class_name}{suggest(name, known)}. Its meaning for sampling is not known; "
                     "remove it if it has none."
                 )
         values |= PIPELINE_CORRECTIONS.get(pipeline or "", {})
-        return cls(**values, default_spacing="timestep_spacing" not in config)
+        return cls(
+            **values,
+            default_spacing="timestep_spacing" not in config,
+            solver_options={name: config[name] for name in config if name in SOLVER_FIELDS},
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object that Diffusers reads as a `DDIMScheduler`."""
+        """Return the JSON object that Diffusers reads as a `DDIMScheduler`, or converts."""
         fields = asdict(self)
+        options = fields.pop("solver_options")
         if fields.pop("default_spacing"):
             del fields["timestep_spacing"]
-        return {"_class_name": "DDIMScheduler", **fields}
+        return {"_class_name": "DDIMScheduler", **fields, **options}
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

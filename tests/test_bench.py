@@ -15,12 +15,15 @@ from flax import nnx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_grpo.bench import describe, table
 from diffusion_grpo.cli import main
+from diffusion_grpo.config import load_config
 from diffusion_grpo.flops import count_flops
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import VAEConfig
 from diffusion_grpo.peer import Peer, PeerError
 from diffusion_grpo.published import ARCHITECTURES, random_module
+from diffusion_grpo.workload import Workload
 
 TINY = UNetConfig(
     sample_size=8,
@@ -71,6 +74,18 @@ def test_bench_measures_the_phases_with_random_weights(tiny_sd15, tmp_path, caps
     assert record["mfu"]["update"] > 0 and record["memory"]["update_temporary"] > 0
     shown = capsys.readouterr().out
     assert "policy steps/s" in shown and shown.strip().endswith(str(path))
+
+
+@pytest.mark.parametrize(("here", "said"), [(8, ", 1 of 8 devices used, "), (1, "), float32")])
+def test_bench_says_that_it_uses_one_device_of_several(monkeypatch, here, said):
+    monkeypatch.setattr(jax, "local_device_count", lambda: here)
+    monkeypatch.setattr(Workload, "steps_learned", (3, 2))
+    work = object.__new__(Workload)  # not prepared: no network is run
+    work.config, work.shape = load_config("demo", []), (8, 8, 4)
+    record = describe(work)
+    assert record["device"]["count"] == 1 and record["device"]["available"] == here
+    (first, *_) = table(record).splitlines()
+    assert first.startswith("1 x ") and said in first
 
 
 @pytest.mark.slow

@@ -196,6 +196,7 @@ def test_sample_writes_grid_singles_and_animation(checkpoint, tmp_path, capsys):
     assert [path.name for path in singles][4] == "0001_001_a_star_moon.png"
     text = read(singles[4]).text
     assert text["prompt"] == "a star/moon" and text["image"] == "1" and text["num_steps"] == "2"
+    assert text["prompt_number"] == "1" and text["dtype"] == "float32"
     assert frames(tmp_path / "steps.webp")[1] == grid.size
 
     # the same picture whatever the batch size, and alone
@@ -303,6 +304,16 @@ def test_time_lapse_is_drawn_from_what_the_run_recorded(run_dir, tmp_path):
             for y, x in corners
         )
     assert frames(animation)[0] == 3
+
+
+def test_compare_refuses_a_page_its_file_cannot_hold_before_anything_is_drawn(
+    run_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("diffusion_grpo.images._LONGEST", {"WEBP": 300})
+    monkeypatch.setattr("diffusion_grpo.pipeline.generate", lambda *_, **__: pytest.fail("drawn"))
+    words = ["compare", run_dir, "--num-steps", 2, "--output", tmp_path / "page.webp"]
+    assert main([str(word) for word in words]) == 2
+    assert "compare fewer with --num-prompts" in capsys.readouterr().err
 
 
 def test_evaluate_compares_with_the_base_and_measures_the_kl(run_dir, tmp_path, capsys):

@@ -1,7 +1,11 @@
 """A LoRA run's model in every form, as Diffusers loads it, and adapters in `sample`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +20,13 @@ from tiny_run import config
 from torch_checkpoints import TOKENS, TWO_LEVELS, WIDTH, write_pipeline
 
 from diffusion_grpo.cli import main
-from diffusion_grpo.config import to_yaml
+from diffusion_grpo.config import load_config, to_yaml
 from diffusion_grpo.lora_files import FILE
+from diffusion_grpo.model_card import model_card
 from diffusion_grpo.pipeline import make_policy
 from diffusion_grpo.preparation import load_model, lora_options
 from diffusion_grpo.results import export as export_final
+from diffusion_grpo.sampling import SamplingDefaults
 from diffusion_grpo.train import train
 
 
@@ -124,6 +130,49 @@ def test_the_card_has_results_and_configuration(finished, checkpoint, tmp_path):
         assert loading in body
 
 
+def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_path):
+    def card(**fields):
+        values = {
+            "model": {"pretrained": "owner/name", "trainable": "lora"} | fields,
+            "rollout": {"negative_prompt": "blurry"},
+            "grpo": {"algorithm": "grpo"},
+            "reward": {"rewards": ["clip"]},
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+        return model_card(tmp_path, "lora", SamplingDefaults(3.0, 10, 1))
+
+    loaded, called = [], []
+
+    class Pipe:
+        @staticmethod
+        def from_pretrained(*words, **options):
+            loaded.append((words, options))
+            return Pipe()
+
+        def load_lora_weights(self, path):
+            pass
+
+        def __call__(self, prompt, **options):
+            called.append(options)
+            return types.SimpleNamespace(images=[None])
+
+    def run(text):
+        code = text.split("```python\n")[1].split("```")[0].partition("\n")[2]
+        exec(code, {"DiffusionPipeline": Pipe, "PROMPT": "a cat"})
+
+    hub = card(revision="v2", variant="fp16")
+    run(hub)
+    assert loaded == [(("owner/name",), {"revision": "v2", "variant": "fp16"})]
+    settings = {"guidance_scale": 3, "num_inference_steps": 10, "clip_skip": 1}
+    assert called == [settings | {"negative_prompt": "blurry"}]
+    assert "guidance scale 3, num inference steps 10, clip skip 1, negative prompt 'blurry'" in hub
+    assert yaml.safe_load(hub.split("---\n")[1])["base_model"] == "owner/name"
+    embedded = card(pretrained="shapes-diffusion")
+    run(embedded)
+    assert loaded[1] == (("PATH/TO/shapes-diffusion",), {})
+    assert "base_model" not in yaml.safe_load(embedded.split("---\n")[1])
+
+
 def test_sample_adds_adapters_up(finished, checkpoint, tmp_path):
     def drawn(name, model, *words):
         output = tmp_path / f"{name}.png"
@@ -155,6 +204,33 @@ def test_a_checkpoint_is_the_model_that_a_run_of_as_many_iterations_ends_with(
     adapter = export(f"{finished}@1", tmp_path / "adapter", "--format", "lora") / FILE
     assert adapter.read_bytes() == (tmp_path / "run" / "final" / "lora" / FILE).read_bytes()
     assert sorted(path for path in finished.rglob("*")) == before
+
+
+def test_a_run_of_more_devices_is_exported_on_one(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("fsdp: 1", "fsdp: 4"))
+    assert load_config(str(run / "config.yaml")).mesh.fsdp == 4
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    out = export(f"{run}@2", tmp_path / "out")
+    assert (out / weights).read_bytes() == (finished / "final" / weights).read_bytes()
+
+
+def test_a_run_is_exported_on_devices_that_its_batches_do_not_divide_over(finished, tmp_path):
+    # 2 prompts an iteration, on 4 devices
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    words = ["export", f"{finished}@2", "--output", str(tmp_path / "out"), "--quiet"]
+    subprocess.run(
+        [sys.executable, "-m", "diffusion_grpo", *words],
+        check=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    found, expected = (
+        load_file(folder / weights) for folder in (tmp_path / "out", finished / "final")
+    )
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,21 @@ def test_webp_and_jpeg_carry_their_metadata_too(tmp_path, suffix) -> None:
     assert described == {"prompt": "圆形", "seed": 7}
 
 
+def test_a_jpeg_is_written_however_long_its_metadata_are(tmp_path) -> None:
+    image = Image.fromarray(noise(1)[0])
+    metadata = {"prompt": "猫" * 30_000, "negative": "b" * 50_000, "seed": 7}
+    save_image(tmp_path / "grid.jpg", image, metadata)
+    with Image.open(tmp_path / "grid.jpg") as read:
+        described = json.loads(read.getexif()[0x010E])
+    assert described["seed"] == 7
+    for key, letter in (("prompt", "猫"), ("negative", "b")):
+        assert set(described[key]) == {letter, "…"} and described[key][-1] == "…"
+        assert len(described[key]) > 3_000
+    save_image(tmp_path / "grid.webp", image, metadata)
+    with Image.open(tmp_path / "grid.webp") as read:
+        assert json.loads(read.getexif()[0x010E]) == metadata
+
+
 def test_an_image_larger_than_its_format_holds_is_refused(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"16384 x 2 pixels are more than WEBP holds \(16383\)"):
         save_image(tmp_path / "grid.webp", Image.new("RGB", (16384, 2)))

@@ -1,13 +1,20 @@
 """`diffusion-grpo plan`: costs of traced programs, and a run's memory and time."""
 
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 from safetensors.numpy import load_file
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config
@@ -15,6 +22,7 @@ from diffusion_grpo.costs import program_cost
 from diffusion_grpo.devices import DEVICES, Device
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.kernels import attend, planned_for
+from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.plan import find_architecture, make_plan
 from diffusion_grpo.published import ARCHITECTURES
 from diffusion_grpo.resources import resource_path
@@ -177,6 +185,70 @@ def test_what_does_not_fit_is_said_with_a_mend_and_devices_share_the_work():
     np.testing.assert_allclose(two.flops["sample"], one.flops["sample"])
 
 
+TINY = UNetConfig(
+    sample_size=8,
+    cross_attention_dim=16,
+    block_out_channels=(16, 16),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=8,
+    attention_head_dim=2,
+)
+# 16 images in microbatches of 4; 2 steps are learned from, twice.
+CALLS = ["--rollout.prompts-per-iteration", "4", "--rollout.images-per-prompt", "4", *SMALL[4:]]
+CALLS += ["--rollout.num-steps", "4", "--rollout.window-size", "2", "--grpo.ratio", "step"]
+CALLS += ["--grpo.updates-per-rollout", "2", "--grpo.beta", "0"]
+
+
+def test_a_whole_networks_gradient_is_sent_in_every_call_and_an_adapters_once_an_update():
+    model = dataclasses.replace(find_architecture("shapes-diffusion"), unet=TINY)
+    ring = 2 * 3 / 4  # of 4 devices: all but the own share of a sum, there and back
+    for trained, sums in (("full", 16 // 4 * 2 * 2), ("lora", 2)):
+        config = load_config("demo", [*CALLS, "--model.trainable", trained])
+        plan = make_plan(config, model, DEVICES["h100"], 4)
+        assert plan.communicated == ring * sums * plan.memory["gradient"]
+        np.testing.assert_allclose(plan.seconds["communicate"], plan.communicated / 450e9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_a_divided_run_holds_and_sends_what_its_plan_says(trained, tmp_path):
+    checkpoint = write_pipeline(tmp_path / "pipeline", **TWO_LEVELS)
+    changed = {"model__trainable": trained, "mesh__fsdp": 2, "optim__ema_decay": 0.9}
+    changed |= {"rollout__prompts_per_iteration": 4, "rollout__num_steps": 3}
+    config = tiny_run.config(checkpoint, tmp_path, **changed)
+    # 16 images in microbatches of 8, one update; the gradient is of all 3 steps.
+    plan = make_plan(config, find_architecture(str(checkpoint)), DEVICES["h100"], 4)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    words = [f"{name}={value}" for name, value in changed.items()]
+    done = subprocess.run(
+        [sys.executable, "tests/plan_run.py", str(checkpoint), str(tmp_path), *words],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "PJRT_NPROC": "8", "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[1],
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    # All that is alive on a device, nothing of it an image yet; text encoders are counted about.
+    held = {k: v for k, v in plan.memory.items() if not k.startswith(("while ", "traj"))}
+    np.testing.assert_allclose(sum(held.values()), found["alive"], rtol=0.02)
+    for part in ("trained parameters", "reference", "gradient", "optimizer state"):
+        np.testing.assert_allclose(held[part], found[part], atol=64, err_msg=part)
+
+    def sent(program, calls):
+        # results of the collectives: a gathered array over 2 devices, a sum over all 4
+        sizes = found[program]
+        assert sizes.keys() <= {"all-gather", "all-reduce"}
+        return calls * (sizes.get("all-gather", 0) / 2 + 2 * 3 / 4 * sizes.get("all-reduce", 0))
+
+    expected = sent("sample", 2) + sent("accumulate", 2 * 3) + sent("total", 1)
+    np.testing.assert_allclose(plan.communicated, expected, rtol=1e-3)
+    assert "all-gather" in found["sample"] and "all-gather" in found["accumulate"]
+    assert ("all-reduce" in found["accumulate"]) == (trained == "full")
+
+
 @pytest.mark.slow
 def test_sd15_has_the_published_number_of_parameters():
     from flax import nnx
@@ -194,6 +266,11 @@ def test_sd15_has_the_published_number_of_parameters():
     [
         (["--device", "h10"], "did you mean 'h100'"),
         (["--devices", "0"], "devices is '0'"),
+        (["--mesh.fsdp", "4", "--device", "h100"], "expected --devices 4"),
+        (
+            ["--mesh.fsdp", "4", "--device", "h100", "--devices", "6"],
+            "lays a run over 4 devices, but 6 are planned for",
+        ),
         (["--devices", "3", "--device", "h100"], "rollout.microbatch is 32, which 3 devices"),
         (["--json", "a.txt"], "does not end in .json"),
         (

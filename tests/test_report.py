@@ -122,6 +122,30 @@ def test_held_out_means_keep_their_zeros(before, after, shown, opened, run_dir, 
     assert shown in opened().locator("#summary").inner_text()
 
 
+def test_of_a_reward_with_a_weight_below_0_less_is_better(opened, run_dir, monkeypatch):
+    data = report_data([run_dir])
+    (first, *_, last) = data["runs"][0]["evaluations"]
+    count = len(last["prompts"])
+    first["scores"]["clip"], last["scores"]["clip"] = [0.9] * count, [0.1] * count
+    last["scores"]["clip"][3] = 0.01
+    won = {"win_rate": 0.1, "win_rate_low": 0.05, "win_rate_high": 0.2}
+    last["summary"] |= {"against_base": {"clip": won}}
+
+    def drawn(lower):
+        last["summary"]["lower"] = lower
+        monkeypatch.setattr(report, "report_data", lambda *_, **__: data)
+        page = opened()
+        page.locator("#extremes-by").select_option("clip")
+        card = page.locator("#summary div", has_text="clip").first
+        best = page.locator("#best").inner_text()
+        return card.locator("dd").first.get_attribute("class"), card.inner_text(), best
+
+    tone, text, best = drawn(["clip"])
+    assert tone == "good" and "wins 90 % [80, 95]" in text and "0.01" in best
+    tone, text, best = drawn([])
+    assert tone == "bad" and "wins 10 % [5, 20]" in text and "0.01" not in best
+
+
 def test_table_is_sorted_and_filtered(opened, run_dir):
     page = opened()
 

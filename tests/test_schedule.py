@@ -331,6 +331,7 @@ def test_published_configs_are_read(text):
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"steps_offset": -1}, "steps_offset"),
         ({"default_spacing": True}, "Unknown field 'default_spacing'"),
+        ({"solver_options": {}}, "Unknown field 'solver_options'"),
         ({"clip_sample_range": 0}, "clip_sample_range"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
@@ -349,6 +350,26 @@ def test_a_spacing_left_to_the_samplers_is_the_same_noise_schedule():
     assert (left.solver_spacing, named.solver_spacing) == ("linspace", "leading")
     with pytest.raises(UsageError, match="expected default_spacing=False"):
         dataclasses.replace(left, timestep_spacing="trailing")
+
+
+def test_options_of_other_solvers_are_kept_and_are_no_part_of_the_noise_schedule():
+    plain = SchedulerConfig.from_dict({})
+    karras = SchedulerConfig.from_dict({"use_karras_sigmas": True, "solver_order": 3})
+    assert (plain.solver_options, plain.use_karras_sigmas) == ({}, False)
+    assert karras.solver_options == {"use_karras_sigmas": True, "solver_order": 3}
+    assert karras.use_karras_sigmas
+    assert karras == plain
+    assert hash(karras) == hash(plain)
+    read = SchedulerConfig.from_dict(json.loads(json.dumps(karras.to_dict())))
+    assert read.solver_options == karras.solver_options
+    assert plain.to_dict().keys() & karras.solver_options == set()
+    for ours, theirs in zip(
+        *(jax.tree.leaves(make_schedule(config, 10, eta=1.0)) for config in (karras, plain)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(UsageError, match="solver_options has 'use_karras' .*'use_karras_sigmas'"):
+        SchedulerConfig(solver_options={"use_karras": True})
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ FIELDS = {
 class BenchOptions:
     """Time every phase of an iteration, and its memory; the first word may be a preset.
 
+    All of it is done on the first device, whatever others are there.
+
     A preset whose checkpoint is not given by --model is measured with random weights where the
     architecture is published (sd15), which changes neither speed nor memory.
     """

@@ -22,7 +22,12 @@ from diffusion_grpo.comparison import comparison_grid, time_lapse_frames, time_l
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.grids import TEXT_SIZE
-from diffusion_grpo.images import check_image_path, save_animation, save_image
+from diffusion_grpo.images import (
+    check_image_path,
+    check_image_size,
+    save_animation,
+    save_image,
+)
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler, read_sampling
 
 # What has a say in a time-lapse.
@@ -215,6 +220,8 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
         model = StableDiffusion.from_pretrained(
             place, dtype=dtype, param_dtype=dtype, variant=source.variant
         )
+        if not images:
+            _check_size(options, model, labels, texts, scored=rewards is not None)
         with talk.progress(name, len(texts)) as count:
             images.append(
                 generate(
@@ -240,6 +247,30 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     }
     save_image(options.output, page, made | settings)
     return [options.output]
+
+
+def _check_size(
+    options: CompareOptions,
+    model: Any,
+    labels: Sequence[str],
+    texts: Sequence[str],
+    *,
+    scored: bool,
+) -> None:
+    """Refuse a page larger than its file holds, before anything is drawn."""
+    from diffusion_grpo.pipeline import latent_shape
+
+    assert options.output is not None
+    if options.output.suffix.lower() == ".png":
+        return
+    factor = model.vae.config.downscale_factor
+    height, width = (factor * n for n in latent_shape(model)[:2])
+    blank = [np.broadcast_to(np.uint8(255), (len(texts), height, width, 3))] * len(labels)
+    scores = [np.full(len(texts), 0.5)] * len(labels) if scored else None
+    page = comparison_grid(blank, labels, texts, scores=scores, text_size=options.font_size)
+    check_image_size(
+        options.output, page.size, mend="compare fewer with --num-prompts and --num-images"
+    )
 
 
 def _own_sampling(

@@ -91,10 +91,10 @@ def run(words: Sequence[str]) -> list[Path]:
     words = [word for word in (options.model, options.base) if word is not None]
     heldout = heldout_prompts(words) if options.prompts is None else None
     if heldout is None:
-        source = options.prompts or "shapes_heldout"
-        prompts = read_prompts((), source, options.num_prompts)
+        listed = options.prompts or "shapes_heldout"
+        prompts = read_prompts((), listed, options.num_prompts)
     else:
-        source = "what the run held out"
+        listed = "what the run held out"
         prompts = list(heldout[: options.num_prompts])
     sources = find_models(words, revision=options.revision, variant=options.variant)
 
@@ -172,7 +172,7 @@ def run(words: Sequence[str]) -> list[Path]:
         sections[sampler] = summarize(found[0], base)
         if base is not None:
             sections[f"{sampler}, base"] = summarize(base)
-    made = {"model": options.model, "base": options.base, "prompts": source}
+    made = {"model": options.model, "base": options.base, "prompts": listed}
     table = path.with_suffix(".md")
     text = to_markdown(f"Evaluation of {options.model}", sections)
     numbers = made | settings | {"samplers": sections}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -90,8 +91,15 @@ def run(words: Sequence[str]) -> list[Path]:
             place, iteration = Path(folder) / "model", int(which)
             export_checkpoint(directory, iteration, place)
         else:
-            place, iteration = Path(find_model(options.run).place), None
+            place = Path(find_model(options.run).place)
+            iteration = _best_iteration(directory) if place.name == "best" else None
         return [_write(options, directory, place, iteration)]
+
+
+def _best_iteration(run: Path) -> int | None:
+    """Return after how many iterations the best model was kept, if the run says so."""
+    file = run / "best.json"
+    return json.loads(file.read_text(encoding="utf-8"))["iterations"] if file.is_file() else None
 
 
 def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None) -> Path:

@@ -16,6 +16,7 @@ HELP = """usage: diffusion-grpo plan [PRESET | config.yaml] [--section.field val
 Memory, time and traffic of a run, without running it; no weights are read. Takes the
 run's options as `train` does. --device: cpu (this machine, measured; the default),
 {devices}.
+--devices: how many, 1 by default, laid out by --mesh.data and --mesh.fsdp as in a run.
 """
 
 
@@ -45,7 +46,8 @@ def run(words: Sequence[str]) -> list[Path]:
     plan = make_plan(config, model, device, int(count))
     if "--quiet" not in own:
         print(f"{count} x {device_name}, {config.model.pretrained}")
-        table(plan, USABLE * device.memory)
+        judges = [*config.training_rewards(), *config.gold_rewards()]
+        table(plan, USABLE * device.memory, rewards=[reward.name for reward in judges])
     if path is None:
         return []
     record = dataclasses.asdict(plan) | {"peak": plan.peak, "device": device_name}

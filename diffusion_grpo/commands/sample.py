@@ -49,7 +49,8 @@ class SampleOptions:
     num_images: int = 4
     """Images of each prompt."""
     seed: int = 0
-    """Seed of the noise; image n of a prompt is the same whatever else is drawn."""
+    """Seed of the noise; image n of the prompt at a place in the list is the same whatever else is
+    drawn."""
     sampler: str = "ddim"
     """ddim, ddpm, dpm++ (DPM-Solver++ 2M) or euler."""
     num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -192,6 +193,9 @@ def run(words: Sequence[str]) -> list[Path]:
         "eta": options.eta,
         "negative_prompt": options.negative_prompt,
         "clip_skip": sampling.clip_skip,
+        "revision": source.revision or "",
+        "variant": source.variant or "",
+        "dtype": options.dtype,
     }
     written = []
     if options.output is not None:
@@ -233,19 +237,21 @@ def _check_sizes(options: SampleOptions, prompts: Sequence[str], height: int, wi
         blank = np.broadcast_to(np.uint8(255), (count, height, width, 3))
         size = _grid(options, blank, prompts).size
         for path, animated in paths:
-            check_image_size(path, size, animated=animated)
+            mend = "show smaller images with --cell-size, or lay them out otherwise with --columns"
+            check_image_size(path, size, animated=animated, mend=mend)
 
 
 def _write_singles(
     folder: Path, images: np.ndarray, prompts: Sequence[str], each: int, made: dict[str, Any]
 ) -> list[Path]:
-    """Write every image as a PNG with its own prompt and number among its prompt's images."""
+    """Write every image as a PNG with its own prompt, and the two numbers its noise is drawn by."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for place, image in enumerate(images):
         text = prompts[place // each]
         words = re.sub(r"[^\w]+", "_", text).strip("_")[:60]
         path = folder / f"{place // each:04d}_{place % each:03d}_{words}.png"
-        save_image(path, to_image(image), {"prompt": text} | made | {"image": place % each})
+        number = {"prompt_number": place // each, "image": place % each}
+        save_image(path, to_image(image), {"prompt": text} | made | number)
         written.append(path)
     return written

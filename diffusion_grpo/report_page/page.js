@@ -27,6 +27,8 @@ const precise = (x) => x !== 0 && !(Math.abs(x) >= 1e-3 && Math.abs(x) < 1e5) ? 
 const signed = (x) => x === null || Number.isNaN(x) ? "–" : (x > 0 ? "+" : x < 0 ? "−" : "") + number(Math.abs(x), 3);
 const tone = (x) => x > 0 ? "good" : x < 0 ? "bad" : "";
 const run = () => data.runs[state.run];
+// of some rewards less is better: their weight is below 0
+const sign = (name) => (run().evaluations.at(-1)?.summary?.lower || []).includes(name) ? -1 : 1;
 const dark = () => document.documentElement.classList.contains("dark");
 function fill(select, options, chosen) {
   select.replaceChildren(...options.map(([value, text]) => {
@@ -95,11 +97,13 @@ function summary() {
   if (first) {
     for (const name of scoreNames(r)) {
       const before = mean(first.scores[name]), after = mean(last.scores[name]);
-      const won = last.summary?.against_base?.[name];
+      const found = last.summary?.against_base?.[name];
+      const won = found && (sign(name) > 0 ? [found.win_rate, found.win_rate_low, found.win_rate_high]
+        : [1 - found.win_rate, 1 - found.win_rate_high, 1 - found.win_rate_low]).map((x) => number(x * 100, 3));
       card(`${name}, held out${r.gold.includes(name) ? " (gold)" : ""}`, first === last ? precise(before)
         : `${precise(before)} → ${precise(after)}`, first === last ? "before training"
-        : `${signed(after - before)}` + (won ? `, wins ${number(won.win_rate * 100, 3)} % [${number(won.win_rate_low * 100, 3)}, ${number(won.win_rate_high * 100, 3)}]` : ""),
-        first === last ? "" : tone(after - before));
+        : `${signed(after - before)}` + (won ? `, wins ${won[0]} % [${won[1]}, ${won[2]}]` : ""),
+        first === last ? "" : tone(sign(name) * (after - before)));
     }
   }
   const rows = r.metrics.iteration || [];
@@ -260,7 +264,7 @@ function extremes() {
   const names = scoreNames(r), last = list.at(-1);
   if (!names.includes(state.score)) state.score = names[0];
   for (const id of ["extremes-by", "prompts-by"]) fill($(id), names.map((n) => [n, n]), state.score);
-  const order = last.prompts.map((_, i) => i).filter((i) => scoreOf(last, state.score, i) !== null).sort((i, j) => scoreOf(last, state.score, j) - scoreOf(last, state.score, i));
+  const order = last.prompts.map((_, i) => i).filter((i) => scoreOf(last, state.score, i) !== null).sort((i, j) => sign(state.score) * (scoreOf(last, state.score, j) - scoreOf(last, state.score, i)));
   const draw = (i) => tile(last, i, [el("b", {}, number(scoreOf(last, state.score, i), 3)), el("span", {}, last.prompts[i])]);
   const count = Math.min(8, Math.ceil(order.length / 2));
   $("best").replaceChildren(...order.slice(0, count).map(draw));
@@ -296,7 +300,7 @@ function table() {
     el("td", {}, paint(el("div", { class: "picture" }), before, row.i, "before: " + row.prompt)),
     el("td", {}, paint(el("div", { class: "picture" }), after, row.i, "after: " + row.prompt)),
     el("td", { class: "number" }, number(row.before)), el("td", { class: "number" }, number(row.after)),
-    el("td", { class: "number " + tone(row.difference) }, signed(row.difference)))));
+    el("td", { class: "number " + tone(sign(state.score) * row.difference) }, signed(row.difference)))));
 }
 
 // ---- groups --------------------------------------------------------------------------------

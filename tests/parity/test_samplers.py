@@ -1,7 +1,9 @@
 """Samplers for inference against the Diffusers scheduler of the name, in torch."""
 
 import importlib
+import re
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm
+from torch_checkpoints import TWO_LEVELS, WIDTH, make_unet, randomize
+from torch_weights import copy_torch_weights
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.rollout import initial_noise
 from diffusion_grpo.samplers import make_solver, solve
 from diffusion_grpo.sampling import SAMPLERS
 from diffusion_grpo.scheduler_config import SchedulerConfig
+from diffusion_grpo.tensors import abstract_module
 
 diffusers = importlib.import_module("diffusers")
+
+# Diffusers hands torch tensors to np.array, which NumPy 2 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 
 CLASSES = {
     "ddim": "DDIMScheduler",
@@ -24,6 +33,7 @@ CLASSES = {
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+SOLVERS = ("dpm++", "euler")
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -47,8 +57,6 @@ run = jax.jit(lambda solver, x, keys: solve(denoiser, solver, x, keys, 0.1, prev
     ("sampler", "spacing", "prediction"),
     list(product(SAMPLERS, ("leading", "trailing", "linspace", None), ("epsilon", "v_prediction"))),
 )
-# Diffusers hands torch tensors to np.array, which NumPy 2 deprecates
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 @pytest.mark.parametrize("steps", [12, 25])
 def test_final_latents_equal_diffusers(sampler, spacing, prediction, steps, monkeypatch):
     options = STABLE_DIFFUSION | {"prediction_type": prediction, "clip_sample": False}
@@ -83,6 +91,228 @@ def test_final_latents_equal_diffusers(sampler, spacing, prediction, steps, monk
     scale = float(x.abs().max())
     assert scale > 0.1
     assert np.abs(np.asarray(final) - x.numpy()).max() <= 2e-4 * scale
+
+
+def of_diffusers(sampler, options):
+    return getattr(diffusers, CLASSES[sampler]).from_config(dict(options))
+
+
+def drawn_by_diffusers(theirs, start, steps, network=None):
+    """Draw without fresh noise; `network` is the one of `denoiser` if None."""
+    theirs.set_timesteps(steps)
+    # Without it Diffusers skips a level where Karras' first two timesteps round to the same one,
+    # and then has one too few.
+    theirs.set_begin_index(0)
+    x = torch.tensor(start) * theirs.init_noise_sigma
+    for t in theirs.timesteps:
+        seen = theirs.scale_model_input(x, t)
+        output = network(seen, t) if network else torch.tanh(0.5 * seen + 0.1 + t.float() / 1000)
+        x = theirs.step(output, t, x).prev_sample
+    return x.numpy()
+
+
+KARRAS = {"use_karras_sigmas": True}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+ZERO_SNR = STABLE_DIFFUSION | {"rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 61, 130])
+@pytest.mark.parametrize(
+    "options",
+    [STABLE_DIFFUSION | {"timestep_spacing": s} for s in ("leading", "trailing", "linspace")]
+    + [STABLE_DIFFUSION, {"beta_schedule": "linear"}, COSINE, ZERO_SNR],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_karras_timesteps_and_noise_levels_equal_diffusers(sampler, options, steps):
+    theirs = of_diffusers(sampler, options | KARRAS)
+    theirs.set_timesteps(steps)
+    solver = make_solver(SchedulerConfig.from_dict(options | KARRAS), sampler, steps)
+    # 0.002 timesteps are an error of 1e-5 in σ. Integer timesteps are the same.
+    np.testing.assert_allclose(solver.timesteps, theirs.timesteps.numpy(), rtol=0, atol=2e-3)
+    levels = np.asarray(solver.noise_scale) / np.asarray(solver.signal_scale)
+    np.testing.assert_allclose(levels, theirs.sigmas[:-1].numpy(), rtol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("options", [STABLE_DIFFUSION, ZERO_SNR, COSINE])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_final_latents_with_karras_sigmas_equal_diffusers(sampler, spacing, options, prediction):
+    file = options | KARRAS | {"prediction_type": prediction, "timestep_spacing": spacing}
+    start = latents(0)
+    want = drawn_by_diffusers(of_diffusers(sampler, file), start, 25)
+    solver = make_solver(SchedulerConfig.from_dict(file | {"clip_sample": False}), sampler, 25)
+    got, _ = run(solver, start, jax.random.split(jax.random.key(0), 2))
+    assert np.abs(np.asarray(got) - want).max() <= 2e-4 * np.abs(want).max()
+
+
+def test_pictures_of_a_network_with_karras_sigmas_equal_diffusers():
+    file = STABLE_DIFFUSION | KARRAS
+    torch.manual_seed(0)
+    network: Any = randomize(make_unet(**TWO_LEVELS))
+    config = UNetConfig.from_dict(dict(network.config))
+    unet = abstract_module(UNet2DConditionModel, config, dtype=jnp.float32)
+    copy_torch_weights(network, unet)
+    text = np.random.default_rng(1).normal(size=(2, 5, WIDTH)).astype(np.float32)
+    start = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+
+    @jax.jit
+    def draw(unet, solver, x, keys, text):
+        def predict(x, t, text):
+            return unet(x, jnp.full(len(x), t), text)
+
+        return solve(predict, solver, x, keys, text)[0]
+
+    for sampler in SOLVERS:
+        with torch.no_grad():
+            want = drawn_by_diffusers(
+                of_diffusers(sampler, file),
+                start,
+                10,
+                lambda x, t: network(x, t, torch.tensor(text)).sample,
+            )
+        solver = make_solver(SchedulerConfig.from_dict(file), sampler, 10)
+        keys = jax.random.split(jax.random.key(0), 2)
+        got = draw(unet, solver, start.transpose(0, 2, 3, 1), keys, text)
+        got = np.asarray(got).transpose(0, 3, 1, 2)
+        assert np.abs(got - want).max() <= 5e-4 * np.abs(want).max(), sampler
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_the_least_signal_of_a_cosine_schedule_is_that_of_diffusers(sampler):
+    file = COSINE | {"timestep_spacing": "trailing"}
+    theirs = of_diffusers(sampler, file)
+    theirs.set_timesteps(10)
+    solver = make_solver(SchedulerConfig.from_dict(file), sampler, 10)
+    levels = np.asarray(solver.noise_scale) / np.asarray(solver.signal_scale)
+    np.testing.assert_allclose(levels, theirs.sigmas[:-1].numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "value"),
+    [(sampler, "use_exponential_sigmas", True) for sampler in SOLVERS]
+    + [(sampler, "use_beta_sigmas", True) for sampler in SOLVERS]
+    + [(sampler, "final_sigmas_type", "sigma_min") for sampler in SOLVERS]
+    + [("euler", "interpolation_type", "log_linear")]
+    + [("dpm++", "solver_order", order) for order in (1, 3)]
+    + [("dpm++", "solver_type", "heun")]
+    + [("dpm++", "algorithm_type", "sde-dpmsolver++")]
+    + [("dpm++", "use_lu_lambdas", True)]
+    + [("dpm++", "lambda_min_clipped", -2.0)],
+)
+def test_options_that_change_what_diffusers_draws_are_refused(sampler, name, value):
+    file = STABLE_DIFFUSION | {name: value}
+    start = latents(0)
+    plain = drawn_by_diffusers(of_diffusers(sampler, STABLE_DIFFUSION), start, 20)
+    changed = drawn_by_diffusers(of_diffusers(sampler, file), start, 20)
+    assert np.abs(changed - plain).max() > 0.01
+
+    config = SchedulerConfig.from_dict(file)
+    message = re.escape(f"{name} = {value!r}, which the sampler {sampler} does not support")
+    with pytest.raises(UsageError, match=message):
+        make_solver(config, sampler, 20)
+    for other in ("ddim", "ddpm", *SOLVERS):
+        if name not in getattr(diffusers, CLASSES[other])().config:
+            make_solver(config, other, 20)
+
+
+@pytest.mark.parametrize("name", ["use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_two_kinds_of_noise_levels_are_refused_as_in_diffusers(sampler, name):
+    file = STABLE_DIFFUSION | KARRAS | {name: True}
+    with pytest.raises(ValueError, match="Only one of"):
+        of_diffusers(sampler, file)
+    with pytest.raises(UsageError, match=f"{name} = True"):
+        make_solver(SchedulerConfig.from_dict(file), sampler, 20)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("euler", {name: value})
+        for name, value in {
+            "solver_order": 3,
+            "solver_type": "heun",
+            "algorithm_type": "dpmsolver",
+            "use_lu_lambdas": True,
+            "lambda_min_clipped": -2.0,
+            "lower_order_final": False,
+            "euler_at_final": True,
+            "final_sigmas_type": "zero",
+            "interpolation_type": "linear",
+        }.items()
+    ]
+    + [
+        ("dpm++", {name: value})
+        for name, value in {
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "algorithm_type": "dpmsolver++",
+            "lambda_min_clipped": -5.1,
+            "lower_order_final": False,
+            "euler_at_final": True,
+            "final_sigmas_type": "zero",
+            "interpolation_type": "log_linear",
+        }.items()
+    ],
+)
+@pytest.mark.parametrize("steps", [4, 20])
+def test_options_that_change_nothing_in_diffusers_change_nothing(sampler, options, steps):
+    for plain in (STABLE_DIFFUSION, STABLE_DIFFUSION | KARRAS):
+        assert_drawn_alike(sampler, plain, plain | options, steps)
+
+
+def test_karras_levels_go_before_lu_lambdas_and_clipping_as_in_diffusers():
+    plain = STABLE_DIFFUSION | KARRAS
+    moot = {"use_lu_lambdas": True, "lambda_min_clipped": -2.0}
+    assert_drawn_alike("dpm++", plain, plain | moot, 20)
+
+
+def assert_drawn_alike(sampler, plain, changed, steps):
+    """Assert that a change of the file is none to Diffusers, and that we draw the same."""
+    start = latents(0)
+    want = drawn_by_diffusers(of_diffusers(sampler, plain), start, steps)
+    same = drawn_by_diffusers(of_diffusers(sampler, changed), start, steps)
+    np.testing.assert_array_equal(same, want)
+    config = SchedulerConfig.from_dict(changed | {"clip_sample": False})
+    solver = make_solver(config, sampler, steps)
+    got, _ = run(solver, start, jax.random.split(jax.random.key(0), 2))
+    assert np.abs(np.asarray(got) - want).max() <= 2e-4 * np.abs(want).max()
+
+
+def test_the_name_of_deis_is_that_of_dpm_solver_plus_plus_as_in_diffusers():
+    file = STABLE_DIFFUSION | {"algorithm_type": "deis", "final_sigmas_type": "sigma_min"}
+    assert of_diffusers("dpm++", file).config.algorithm_type == "dpmsolver++"
+    file["final_sigmas_type"] = "zero"
+    make_solver(SchedulerConfig.from_dict(file), "dpm++", 20)
+    with pytest.raises(UsageError, match="'dpmsolver', which .* Expected 'dpmsolver[+]{2}' or 'de"):
+        make_solver(SchedulerConfig.from_dict(file | {"algorithm_type": "dpmsolver"}), "dpm++", 20)
+
+
+@pytest.mark.parametrize("value", [1, "true"])
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_a_karras_option_that_is_no_boolean_is_refused(sampler, value):
+    config = SchedulerConfig.from_dict(STABLE_DIFFUSION | {"use_karras_sigmas": value})
+    with pytest.raises(UsageError, match=f"use_karras_sigmas = {value!r}.* Expected False or True"):
+        make_solver(config, sampler, 20)
+    make_solver(config, "ddim", 20)
+
+
+def test_only_euler_and_dpm_solver_read_karras_sigmas():
+    files = (STABLE_DIFFUSION, STABLE_DIFFUSION | KARRAS)
+    for sampler in SAMPLERS:
+        plain, karras = (make_solver(SchedulerConfig.from_dict(f), sampler, 20) for f in files)
+        same = jax.tree.map(np.array_equal, plain, karras)
+        assert all(jax.tree.leaves(same)) == (sampler not in SOLVERS), sampler
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_options_of_the_solvers_are_kept_in_our_config(sampler):
+    file = STABLE_DIFFUSION | KARRAS | {"final_sigmas_type": "sigma_min", "solver_order": 3}
+    ours = SchedulerConfig.from_dict(file | {"clip_sample": False}).to_dict()
+    assert dict(of_diffusers(sampler, ours).config).items() >= (KARRAS | file).items()
+    assert SchedulerConfig.from_dict(ours).to_dict() == ours
 
 
 @pytest.mark.parametrize("sampler", ["dpm++", "euler", "ddpm"])
