@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
 from diffusion_grpo import processes
 from diffusion_grpo.errors import RewardError, RunError, UsageError
+from diffusion_grpo.mesh import of_all_processes, to_host
 
 DAMAGED = "checkpoints.damaged"  # beside the checkpoints: those that could not be read
 
@@ -174,12 +176,16 @@ class Checkpoints:
 
         Newer ones that cannot be read are moved to `checkpoints.damaged` beside the directory.
 
+        Args:
+            template: arrays like those saved, or `template_of` them, beside which no others are in
+                memory.
+
         Raises:
             UsageError: none can be read.
         """
         self.wait()
         damaged: list[tuple[int, str]] = []
-        held = {"tree": template, "checksums": checksums(template)}
+        held = _held(template)
         for step in processes.of_leader(self.steps[::-1], "the checkpoints that there are"):
             found, reason = self._read(step, held)
             reasons = processes.exchange(reason, f"checkpoint {step}")
@@ -205,10 +211,14 @@ class Checkpoints:
     def read(self, step: int, template: Any) -> Any:
         """Read checkpoint `step` with `template`'s structure, types and shardings.
 
+        Args:
+            step: its number.
+            template: as in `restore`.
+
         Raises:
             UsageError: it cannot be read.
         """
-        found, reason = self._read(step, {"tree": template, "checksums": checksums(template)})
+        found, reason = self._read(step, _held(template))
         if found is None:
             raise UsageError(
                 f"checkpoint {self.path(step)} cannot be read ({reason}); expected one of this run "
@@ -226,7 +236,8 @@ class Checkpoints:
         for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(template), strict=True):
             if got.shape != wanted.shape:
                 return None, f"an array of shape {got.shape}, expected {wanted.shape}"
-        if not bool((checksums(found["tree"]) == found["checksums"]).all()):
+        sums = to_host([checksums(found["tree"]), found["checksums"]])
+        if not np.array_equal(*sums):
             return None, "its contents do not have the checksums that they were saved with"
         return found, ""
 
@@ -269,6 +280,27 @@ def closed(checkpoints: Checkpoints) -> Iterator[None]:
             checkpoints.close()
         raise
     checkpoints.close()
+
+
+def template_of(tree: Any) -> Any:
+    """Return shapes, types and shardings of a tree's arrays, for `Checkpoints.restore`.
+
+    None of the devices' memory is held by it, so that what is restored can take the place of the
+    arrays. Those of the host's memory stay what they are.
+    """
+
+    def described(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(described, tree)
+
+
+def _held(template: Any) -> dict[str, Any]:
+    """Return the template of what is saved of a tree: itself, and its checksums."""
+    sums = of_all_processes(jnp.zeros(len(jax.tree.leaves(template)), jnp.uint32))
+    return {"tree": template, "checksums": template_of(sums)}
 
 
 def checksums(tree: Any) -> UInt32[Array, " leaves"]:

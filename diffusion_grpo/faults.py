@@ -15,6 +15,10 @@ from diffusion_grpo.errors import RunError
 # Phase → which options lower the memory that it takes, the cheapest first.
 LOWER = {
     "loading the model": "model.dtype to 'bfloat16', or raise mesh.fsdp with more devices",
+    "restoring the checkpoint": (
+        "what other programs hold of that memory, or raise mesh.fsdp in the run's config.yaml with "
+        "more devices"
+    ),
     "evaluation": "rollout.microbatch, which is how many images are drawn at a time",
     "sampling": "rollout.microbatch, or rollout.height and rollout.width",
     "the update": (

@@ -27,6 +27,7 @@ from diffusion_grpo import processes
 from diffusion_grpo.config import Config
 from diffusion_grpo.consistency import images_learned_from
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.sections import MeshConfig
 
 AXES = ("data", "fsdp")
 Place = Callable[[Any], Any]
@@ -41,10 +42,8 @@ def make_mesh(config: Config) -> Mesh:
         UsageError: the axes do not fit the devices, or the images do not divide over them; with
             several processes, devices are left out, or they have different numbers of them.
     """
-    options = config.mesh
-    devices = sorted(jax.devices(), key=lambda device: device.process_index)
-    data = len(devices) // options.fsdp if options.data is None else options.data
-    size = data * options.fsdp
+    options, devices = config.mesh, _devices()
+    data, size = _sizes(options, len(devices))
     have = f"there {'is 1 device' if len(devices) == 1 else f'are {len(devices)} devices'}"
     if not size or size > len(devices):
         raise UsageError(
@@ -55,11 +54,38 @@ def make_mesh(config: Config) -> Mesh:
     if processes.count() > 1:
         _check_processes(devices, size)
     check_divides(config, size)
-    return Mesh(
-        np.asarray(devices[:size]).reshape(data, options.fsdp),
-        AXES,
-        axis_types=(AxisType.Auto,) * 2,
-    )
+    return _side_by_side(devices[:size], data, options.fsdp)
+
+
+def make_mesh_at_hand(config: Config) -> Mesh:
+    """Return the mesh of what reads a run's state and draws no image.
+
+    It is the run's own where there are devices enough, whether or not images divide over them, and
+    else a single device.
+    """
+    options, devices = config.mesh, _devices()
+    data, size = _sizes(options, len(devices))
+    if not 0 < size <= len(devices):
+        return _side_by_side(devices[:1], 1, 1)
+    return _side_by_side(devices[:size], data, options.fsdp)
+
+
+def _devices() -> list[Any]:
+    """Return the devices of all processes, those of each process side by side."""
+    return sorted(jax.devices(), key=lambda device: device.process_index)
+
+
+def _sizes(options: MeshConfig, count: int) -> tuple[int, int]:
+    """Return the length of the `data` axis with `count` devices, and how many devices that takes.
+
+    Both are 0 where the devices do not suffice for `fsdp`, and `data` is left open.
+    """
+    data = count // options.fsdp if options.data is None else options.data
+    return data, data * options.fsdp
+
+
+def _side_by_side(devices: Sequence[Any], data: int, fsdp: int) -> Mesh:
+    return Mesh(np.asarray(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def _check_processes(devices: Sequence[Any], size: int) -> None:

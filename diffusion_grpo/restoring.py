@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jax
 
-from diffusion_grpo.checkpoint import Checkpoints, closed
+from diffusion_grpo.checkpoint import Checkpoints, closed, template_of
 from diffusion_grpo.config import load_config
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.mesh import make_mesh, use
+from diffusion_grpo.mesh import make_mesh_at_hand, use
 from diffusion_grpo.preparation import load_model
 from diffusion_grpo.pretrained import check_layout, local_directory
 from diffusion_grpo.prompts import load_heldout
@@ -20,7 +20,8 @@ from diffusion_grpo.train import leaves, make_policy_and_learner
 def export_checkpoint(run: Path, step: int, place: Path) -> None:
     """Write the model of a run's checkpoint the way `train` writes `final/`.
 
-    The run may be in progress: nothing in its directory is changed.
+    The run may be in progress: nothing in its directory is changed. It may have been on more
+    devices than there are here.
 
     Args:
         run: the run's directory.
@@ -37,7 +38,7 @@ def export_checkpoint(run: Path, step: int, place: Path) -> None:
             f"{str(run)!r} has no checkpoints/ folder: it has saved none yet; see run.save_every"
         )
     checkpoints = Checkpoints(folder, visits=True)
-    with use(make_mesh(config)), closed(checkpoints):
+    with use(make_mesh_at_hand(config)), closed(checkpoints):
         if step not in checkpoints.steps:
             there = ", ".join(map(str, checkpoints.steps)) or "none"
             raise UsageError(f"{str(run)!r} has no checkpoint {step}; expected one of: {there}")
@@ -50,6 +51,8 @@ def export_checkpoint(run: Path, step: int, place: Path) -> None:
         model = load_model(config, source)
         policy, learner, _ = make_policy_and_learner(config, model)
         state = learner.init(len(prompts))
-        found = checkpoints.read(step, leaves(state))
-        state = jax.tree.unflatten(jax.tree.structure(state), found["leaves"])
+        template, structure = template_of(leaves(state)), jax.tree.structure(state)
+        del state  # what is read takes its place in memory
+        found = checkpoints.read(step, template)
+        state = jax.tree.unflatten(structure, found["leaves"])
         export(config, model, policy, state.train.evaluated, place, run=run)

@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
-from diffusion_grpo.checkpoint import Checkpoints, closed
+from diffusion_grpo.checkpoint import Checkpoints, closed, template_of
 from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config
 from diffusion_grpo.divided_scoring import load_rewards, start_scoring
@@ -58,6 +59,7 @@ from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch, upcoming_
 from diffusion_grpo.results import export, update_metrics, zero_groups
 from diffusion_grpo.rollout import image_keys, initial_noise
 from diffusion_grpo.run_output import RunOutput
+from diffusion_grpo.text_encoding import pipeline_parts
 from diffusion_grpo.trackers import check_trackers
 
 
@@ -132,7 +134,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     policy, learner, shape = make_policy_and_learner(config, model)
     decode = make_decoder(model)
     evaluator = Evaluator(config, model, policy, heldout, rewards, gold)
-    state = learner.init(len(prompts))
+    state = learner.init(len(prompts), rewards.weight_of)
 
     # The directory, and what a run before left there.
     lock = open_directory(config, directory, learner.notes, resume=resume)
@@ -144,8 +146,11 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock)
         if resume and of_leader(checkpoints.latest, "the last checkpoint") is not None:
-            start, restored, damaged = checkpoints.restore(leaves(state))
-            state = jax.tree.unflatten(jax.tree.structure(state), restored["leaves"])
+            template, structure = template_of(leaves(state)), jax.tree.structure(state)
+            del state  # what is restored takes its place in memory
+            with phase("restoring the checkpoint"):
+                start, restored, damaged = checkpoints.restore(template)
+            state = jax.tree.unflatten(structure, restored["leaves"])
             notes = [*notes, *damaged]
         log = MetricsLog(directory) if leads() else None
         if log is not None:
@@ -314,7 +319,12 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
 def make_policy_and_learner(
     config: Config, model: StableDiffusion
 ) -> tuple[TrainablePolicy, Learner, tuple[int, int, int]]:
-    """Return the policy on its devices, its algorithm, and the shape of a latent."""
+    """Return the policy on its devices, its algorithm, and the shape of a latent.
+
+    Args:
+        config: the run's.
+        model: the pipeline; its networks that are the policy's get the policy's arrays.
+    """
     options, rollout = config.grpo, config.rollout
     policy = make_policy(
         model,
@@ -326,6 +336,9 @@ def make_policy_and_learner(
     )
     policy.trained = placement(full=config.model.trainable == "full")(policy.trained)
     policy.frozen = divided(policy.frozen)
+    # The networks would otherwise keep their arrays beside those that were laid out anew.
+    for name, part in pipeline_parts(policy.network(policy.trained)).items():
+        nnx.update(getattr(model, name), nnx.state(part))
     shape = latent_shape(model, rollout.height, rollout.width)
     return policy, make_learner(config, policy, model.scheduler_config, shape), shape
 

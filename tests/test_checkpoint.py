@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_grpo.checkpoint import Checkpoints, checksums
+from diffusion_grpo.checkpoint import Checkpoints, checksums, template_of
 from diffusion_grpo.errors import RunError, UsageError
 
 # Orbax leaves coroutines that it never awaited where an array cannot be read.
@@ -60,6 +60,20 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert step == 4 and not notes
     assert_is(found, 4)
     again.close()
+
+
+def test_a_checkpoint_is_read_by_the_shapes_of_its_arrays_alone(tmp_path):
+    filled(tmp_path / "checkpoints", [1, 2]).close()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    template = template_of(tree(0) | {"half": np.zeros(3000, jnp.bfloat16)})
+    on_device = [leaf for leaf in jax.tree.leaves(template) if not isinstance(leaf, np.ndarray)]
+    assert len(on_device) == 3
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in on_device)
+    for found in (checkpoints.restore(template).tree, checkpoints.read(2, template)):
+        assert_is(found, 2)
+        assert isinstance(found["half"], np.ndarray)  # the host's stays the host's
+        assert all(isinstance(leaf, jax.Array) for leaf in found["leaves"])
+    checkpoints.close()
 
 
 def truncated(folder):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from tiny_run import config, flags, lasting
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 import diffusion_grpo.train as train_module
+from diffusion_grpo.checkpoint import Checkpoints
 from diffusion_grpo.cli import main
 from diffusion_grpo.errors import RunError
 from diffusion_grpo.faults import phase
+from diffusion_grpo.learning import GRPOLearner
 from diffusion_grpo.optim import TrainState, make_update
 from diffusion_grpo.run_lock import RunLock
 from diffusion_grpo.train import train
@@ -106,6 +109,53 @@ def test_a_truncated_checkpoint_costs_an_iteration_and_not_the_run(finished, tmp
     assert lasting(run) == lasting(finished / "run")
 
 
+def watched(monkeypatch, action):
+    """Do something as a checkpoint is about to be read, with references to the state so far."""
+    init, read = GRPOLearner.init, Checkpoints._read
+    states: list[weakref.ref] = []
+
+    def initial(self, *arguments):
+        state = init(self, *arguments)
+        large = [leaf for leaf in jax.tree.leaves(state.train) if leaf.ndim]
+        states.extend(map(weakref.ref, large))
+        return state
+
+    def reading(self, step, template):
+        action(states)
+        return read(self, step, template)
+
+    monkeypatch.setattr(GRPOLearner, "init", initial)
+    monkeypatch.setattr(Checkpoints, "_read", reading)
+
+
+def test_a_checkpoint_is_restored_in_place_of_the_state(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "3")
+    there = []
+
+    def count(states):
+        gc.collect()
+        assert states
+        there.append(sum(state() is not None for state in states))
+
+    watched(monkeypatch, count)
+    assert main(["train", "--resume", str(run), "--quiet"]) == 0
+    assert there == [0]
+    assert lasting(run) == lasting(finished / "run")
+
+
+def test_memory_that_runs_out_as_a_checkpoint_is_read_is_told(
+    finished, tmp_path, monkeypatch, capsys
+):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    watched(monkeypatch, lambda states: jnp.zeros(2**44).block_until_ready())
+    assert main(["train", "--resume", str(run), "--quiet"]) == 1
+    message = capsys.readouterr().err
+    assert "out of device memory in restoring the checkpoint" in message
+    assert "Traceback" not in message
+    assert (run / "checkpoints" / "3").is_dir()
+
+
 def test_a_full_disk_is_told_with_the_command_to_go_on(checkpoint, tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "rollouts"))
@@ -150,6 +200,7 @@ def test_a_metrics_file_that_cannot_be_written_is_refused(finished, tmp_path, ca
     ("name", "option"),
     [
         ("loading the model", "model.dtype"),
+        ("restoring the checkpoint", "what other programs hold of that memory, or raise mesh.fsdp"),
         ("sampling", "rollout.microbatch"),
         ("the update", "grpo.microbatch"),
         ("evaluation", "rollout.microbatch"),
@@ -164,8 +215,6 @@ def test_memory_that_runs_out_names_what_to_lower(name, option):
 def test_memory_that_runs_out_in_a_run_is_told_with_the_checkpoint(
     checkpoint, tmp_path, monkeypatch, capsys
 ):
-    from diffusion_grpo.learning import GRPOLearner
-
     def learn(self, *arguments):
         if arguments[3] == 1:
             jnp.zeros(2**44).block_until_ready()

@@ -16,7 +16,7 @@ from tiny_run import config, lasting
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.mesh import make_mesh, parameter_spec, shard_order, take_rows
+from diffusion_grpo.mesh import make_mesh, make_mesh_at_hand, parameter_spec, shard_order, take_rows
 
 # Relative, and absolute beside it for metrics near 0: sums of float32 in another order.
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-6}
@@ -132,6 +132,27 @@ def test_an_adapters_update_sends_its_gradient_and_no_image(trained):
     assert found["slice"] == found["join"] == []  # no image and no latent is moved
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("model__trainable=full",),
+        ("model__trainable=full", "mesh__fsdp=4"),
+        ("model__train_text_encoder=True", "mesh__fsdp=4"),
+    ],
+)
+def test_a_device_holds_each_network_once(checkpoint, tmp_path, changed):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    words = [f"{name}={value}" for name, value in RUN.items()]
+    said = subprocess.check_output(
+        [sys.executable, "tests/mesh_memory.py", checkpoint, tmp_path, *words, *changed],
+        env=os.environ | {"XLA_FLAGS": flags},
+        cwd=Path(__file__).parents[1],
+        text=True,
+    )
+    found = json.loads(said.splitlines()[-1])
+    assert found["used"] <= found["live"] <= 1.02 * found["used"]
+
+
 def test_parameters_are_divided_along_their_largest_axis():
     assert parameter_spec((3, 3, 320, 640), 4) == P(None, None, None, "fsdp")
     assert parameter_spec((3, 3, 640, 320), 4) == P(None, None, "fsdp")
@@ -151,6 +172,26 @@ def test_parameters_are_divided_along_their_largest_axis():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path, changed, message):
     with pytest.raises(UsageError, match=message):
         make_mesh(config(tmp_path, tmp_path, **changed))
+
+
+@pytest.mark.parametrize(
+    ("devices", "changed", "shape"),
+    [
+        (1, {"mesh__fsdp": 4}, (1, 1)),
+        (8, {"mesh__fsdp": 4}, (2, 4)),  # 2 prompts an iteration divide over no 8 devices
+        (8, {"mesh__data": 1, "mesh__fsdp": 4}, (1, 4)),
+        (8, {"mesh__data": 4, "mesh__fsdp": 4}, (1, 1)),
+        (6, {"mesh__fsdp": 4}, (1, 4)),
+        (8, {}, (8, 1)),
+    ],
+)
+def test_what_draws_no_image_needs_neither_the_devices_nor_batches_that_divide(
+    tmp_path, monkeypatch, devices, changed, shape
+):
+    (device,) = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: [device] * devices)
+    mesh = make_mesh_at_hand(config(tmp_path, tmp_path, **changed))
+    assert mesh.devices.shape == shape
 
 
 def test_images_that_do_not_divide_over_the_devices_are_refused(tmp_path):
