@@ -135,9 +135,9 @@ def test_an_adapters_update_sends_its_gradient_and_no_image(trained):
 @pytest.mark.parametrize(
     "changed",
     [
-        ("model__trainable=full",),
         ("model__trainable=full", "mesh__fsdp=4"),
-        ("model__train_text_encoder=True", "mesh__fsdp=4"),
+        pytest.param(("model__trainable=full",), marks=pytest.mark.slow),
+        pytest.param(("model__train_text_encoder=True", "mesh__fsdp=4"), marks=pytest.mark.slow),
     ],
 )
 def test_a_device_holds_each_network_once(checkpoint, tmp_path, changed):
