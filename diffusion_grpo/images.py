@@ -145,6 +145,8 @@ def _shortened(metadata: dict[str, Any]) -> str:
         longest = max(metadata, key=lambda key: len(json.dumps(metadata[key])))
         value = metadata[longest]
         whole = value if isinstance(value, str) else json.dumps(value)
+        if len(whole) <= 2:  # too many entries to be mended by shorter texts
+            break
         metadata[longest] = whole.removesuffix("…")[: max(1, len(whole) // 2)] + "…"
         text = json.dumps(metadata)
     return text

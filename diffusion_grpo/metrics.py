@@ -16,7 +16,7 @@ held-out prompts.
 | `policy_loss` | 1 | the clipped surrogate alone |
 | `kl` | nats* | KL(π_θ ‖ π_ref), as configured; for `nft` mean square difference of outputs |
 | `beta` | 1 | β, the weight of the KL, which a target KL adapts |
-| `approx_kl` | nats* | KL(π_old ‖ π_θ) estimated (k3) from log-probs, of a `ratio`'s steps |
+| `approx_kl` | nats* | KL(π_old ‖ π_θ) by k3: of a trajectory, or of a step, as `ratio` says |
 | `ratio/mean`, `ratio/min`, `ratio/max` | 1 | ρ = π_θ / π_old, or / π_ref by `ratio_base` |
 | `clip_fraction` | share | ratios clipped, so without gradient; in updates where ρ can be ≠ 1 |
 | `entropy` | nats* | of the steps that are learned from, summed |

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from diffusion_grpo import __version__
-from diffusion_grpo.resources import resolve_checkpoint
+from diffusion_grpo.resources import resource_path
 from diffusion_grpo.sampling import SamplingDefaults
 
 _LOADING = {
@@ -44,7 +44,10 @@ def model_card(
     text = (run / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text)
     model, base = config["model"], str(config["model"]["pretrained"])
-    embedded = not Path(base).expanduser().is_dir() and isinstance(resolve_checkpoint(base), Path)
+    place = Path(base).expanduser()
+    # By its name alone: a card is also written where a base that was a directory is gone.
+    shipped = place.name == base and resource_path("assets", base).is_dir()
+    embedded = shipped and not place.is_dir()
     source = repr(f"PATH/TO/{base}" if embedded else base)
     source += "".join(
         f", {name}={model[name]!r}" for name in ("revision", "variant") if model.get(name)
@@ -67,6 +70,7 @@ def model_card(
     }
     example = f"from diffusers import {_IMPORTS[kind]}\n\n{_LOADING[kind].format(base=source)}"
     given = ", ".join(f"{name}={value}" for name, value in settings.items())
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     example += f"image = pipe(\n    PROMPT, {given}\n).images[0]\n"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {run.resolve().name}\n",
@@ -77,7 +81,7 @@ def model_card(
         f"`{base}` comes with diffusion-grpo: `diffusion-grpo list checkpoints` says where.\n"
         if embedded and kind != "diffusers"
         else "",
-        f"The results are for {given.replace('=', ' ').replace('_', ' ')}.\n",
+        f"The results are for {said}.\n",
         _results(run),
         f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
     ]

@@ -134,7 +134,7 @@ def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_pa
     def card(**fields):
         values = {
             "model": {"pretrained": "owner/name", "trainable": "lora"} | fields,
-            "rollout": {"negative_prompt": "blurry"},
+            "rollout": {"negative_prompt": "a_b = blurry"},
             "grpo": {"algorithm": "grpo"},
             "reward": {"rewards": ["clip"]},
         }
@@ -164,13 +164,31 @@ def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_pa
     run(hub)
     assert loaded == [(("owner/name",), {"revision": "v2", "variant": "fp16"})]
     settings = {"guidance_scale": 3, "num_inference_steps": 10, "clip_skip": 1}
-    assert called == [settings | {"negative_prompt": "blurry"}]
-    assert "guidance scale 3, num inference steps 10, clip skip 1, negative prompt 'blurry'" in hub
+    assert called == [settings | {"negative_prompt": "a_b = blurry"}]
+    assert (
+        "guidance scale 3, num inference steps 10, clip skip 1, negative prompt 'a_b = blurry'"
+        in hub
+    )
     assert yaml.safe_load(hub.split("---\n")[1])["base_model"] == "owner/name"
     embedded = card(pretrained="shapes-diffusion")
     run(embedded)
     assert loaded[1] == (("PATH/TO/shapes-diffusion",), {})
     assert "base_model" not in yaml.safe_load(embedded.split("---\n")[1])
+    # a directory that is gone, or is named from elsewhere: its card is written all the same
+    run(card(pretrained="../no/such/directory/here"))
+    assert loaded[2] == (("../no/such/directory/here",), {})
+
+
+def test_the_card_of_the_best_model_says_after_how_many_iterations_it_is(finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "evaluation.json"):
+        shutil.copy(finished / name, run)
+    shutil.copytree(finished / "final", run / "best")
+    for model, told in (("best/", True), ("final/", False)):  # the second: left from before
+        (run / "best.json").write_text(json.dumps({"iterations": 1, "model": model}))
+        out = export(f"{run}@best", tmp_path / model.strip("/"))
+        assert ("the checkpoint after 1 iterations" in (out / "README.md").read_text()) == told
 
 
 def test_sample_adds_adapters_up(finished, checkpoint, tmp_path):

@@ -97,9 +97,13 @@ def run(words: Sequence[str]) -> list[Path]:
 
 
 def _best_iteration(run: Path) -> int | None:
-    """Return after how many iterations the best model was kept, if the run says so."""
+    """Return after how many iterations best/ was kept, if the run says so.
+
+    A run that goes on may have a newer best/ than `best.json`, which then names another model.
+    """
     file = run / "best.json"
-    return json.loads(file.read_text(encoding="utf-8"))["iterations"] if file.is_file() else None
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found["iterations"] if found.get("model") == "best/" else None
 
 
 def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None) -> Path:
