@@ -27,7 +27,7 @@ from rich.progress import track
 
 from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config, load_config
-from diffusion_grpo.learner import image_advantages, penalized
+from diffusion_grpo.learner import image_advantages, kl_penalty
 from diffusion_grpo.pipeline import make_decoder
 from diffusion_grpo.preparation import decode_chunks, load_model
 from diffusion_grpo.pretrained import local_directory
@@ -97,8 +97,9 @@ def measure(config: Config, count: int) -> tuple[Float[np.ndarray, "n parameters
         advantages, _ = image_advantages(
             config.grpo,
             result.scores,
-            penalized(result.total, state, drawn),
+            result.total,
             rewards.weights,
+            penalty=kl_penalty(state, drawn),
             kept=result.kept,
             group_size=rollout.images_per_prompt,
             prompt_index=index,

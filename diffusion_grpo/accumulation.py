@@ -16,7 +16,8 @@ from diffusion_grpo.lanes import lanes as lane_count
 from diffusion_grpo.mesh import AXES, by_rows, replicated, split_rows
 from diffusion_grpo.trajectories import UpdateBatch
 
-EXTREMES = ("ratio/min", "ratio/max")
+# The metrics that are no sums, and how they are reduced.
+EXTREMES = {"ratio/min": jnp.min, "ratio/max": jnp.max, "ratio/drift": jnp.max}
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -30,6 +31,7 @@ def sum_in_lanes(
     add: Callable[[Any, int], tuple[Any, list[dict[str, Array]]]],
     zeros: Callable[[], Any],
     starts: Sequence[int],
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Any, list[dict[str, Array]]]:
     """Sum the gradients of microbatches, each lane those of its share, then over the lanes.
 
@@ -41,6 +43,8 @@ def sum_in_lanes(
         add: (gradient so far, first row of a microbatch) → gradient with it, metrics.
         zeros: the gradient to start from.
         starts: first rows of the microbatches.
+        check: called before each, and with no more than two under way, so that what it raises comes
+            soon.
 
     Returns:
         The gradient, and the metrics of all microbatches.
@@ -48,10 +52,14 @@ def sum_in_lanes(
     count = min(lane_count(), len(starts))
 
     def share(lane: int) -> tuple[Any, list[dict[str, Array]]]:
-        total, history = zeros(), []
+        total, history, ends = zeros(), [], []
         for start in starts[lane::count]:
+            if len(ends) > 1:
+                jax.block_until_ready(ends[-2])
+            check()
             total, metrics = add(total, start)
             history += metrics
+            ends.append(metrics[-1])
         return total, history
 
     total, history = None, []
@@ -75,10 +83,7 @@ def reduce_metrics(history: list[dict[str, Array]], count: int) -> dict[str, Arr
     reduced = {}
     for name, values in stacked.items():
         joined = jnp.stack(values)
-        if name in EXTREMES:
-            reduced[name] = joined.min() if name == "ratio/min" else joined.max()
-        else:
-            reduced[name] = joined.sum() / count
+        reduced[name] = EXTREMES[name](joined) if name in EXTREMES else joined.sum() / count
     return reduced
 
 
@@ -116,7 +121,6 @@ def of_shards(
     new, (metrics, change) = jax.vmap(
         jax.grad(step_loss, has_aux=True), in_axes=(None, axes, 0), spmd_axis_name=AXES
     )(params, split_rows(mb, axes), split_rows(pulls, jax.tree.map(lambda _: 0, pulls)))
-    reduce = {"ratio/min": jnp.min, "ratio/max": jnp.max}
-    metrics = {name: reduce.get(name, jnp.sum)(each) for name, each in metrics.items()}
+    metrics = {name: EXTREMES.get(name, jnp.sum)(each) for name, each in metrics.items()}
     gradient = by_rows(jax.tree.map(jnp.add, gradient, new))
     return gradient, replicated(metrics), by_rows(change.reshape(-1))

@@ -21,6 +21,7 @@ from jaxtyping import Array, UInt32
 
 from diffusion_grpo import processes
 from diffusion_grpo.errors import RewardError, RunError, UsageError
+from diffusion_grpo.interrupt import StopNow
 from diffusion_grpo.mesh import of_all_processes, to_host
 
 DAMAGED = "checkpoints.damaged"  # beside the checkpoints: those that could not be read
@@ -151,18 +152,23 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def kept(self, step: int, tree: Any, *, resume: str) -> Iterator[None]:
-        """Save `tree` as checkpoint `step` if a reward fails within.
+        """Save `tree` as checkpoint `step` if a reward fails within, or the run is asked to stop.
 
         Args:
-            step: the iterations that made it; at 0 there is nothing to keep.
+            step: the iterations that made it; at 0 there is nothing that a failure would lose.
             tree: what is whole at this point.
             resume: the command that goes on with the run.
 
         Raises:
             RewardError: what was raised within, and what to do next.
+            Preempted, KeyboardInterrupt: of `StopNow`, what its request says.
         """
         try:
             yield
+        except StopNow as stop:
+            self.save(step, tree)
+            self.wait()
+            raise stop.request.stopped(resume) from None
         except RewardError as error:
             if step:
                 self.save(step, tree)

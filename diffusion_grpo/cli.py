@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
@@ -28,6 +28,9 @@ from diffusion_grpo.errors import (
 )
 from diffusion_grpo.refusals import refusals
 
+if TYPE_CHECKING:
+    from diffusion_grpo.config import Config
+
 _T = TypeVar("_T")
 
 USAGE = """usage: diffusion-grpo COMMAND [options]
@@ -36,12 +39,13 @@ RL fine-tuning of text-to-image diffusion models in JAX.
 
   train [PRESET | config.yaml] [--section.field value ...]
                      fine-tune a checkpoint against rewards; --help lists every field
-  train --resume RUN go on with a run that was interrupted
+  train --resume RUN [--iterations N]
+                     go on with a run that was interrupted, or make it longer
                      both: --quiet shows no progress, --verbose every iteration;
                      --distributed as one of several processes, which SLURM, Kubernetes or a
                      TPU pod started, or --distributed.coordinator-address HOST:PORT
                      --distributed.num-processes N --distributed.process-id I;
-                     SIGTERM finishes the iteration, saves, and exits with 75
+                     SIGTERM saves at the next microbatch, and exits with 75
   sample             draw images from a checkpoint into a grid
   compare            models side by side, or a run as a time-lapse
   evaluate           rewards on held-out prompts, with intervals, against a base
@@ -122,13 +126,7 @@ def _run(words: list[str]) -> None:
         raise UsageError("--quiet and --verbose are opposites: give one of them")
     words = [word for word in words if word not in ("--quiet", "--verbose")]
     if words and words[0] == "--resume":
-        if len(words) != 2:
-            raise UsageError(
-                "train --resume takes one run directory and no other option but --distributed: a "
-                "run keeps its config"
-            )
-        config = load_config(str(Path(words[1]) / "config.yaml"), ["--run.output", words[1]])
-        resume = True
+        config, resume = _resumed(words[1:]), True
     else:
         start = words.pop(0) if words and not words[0].startswith("-") else None
         config, resume = load_config(start, words), False
@@ -143,6 +141,27 @@ def _run(words: list[str]) -> None:
     print(f"  fine-tuned model: {result.directory / 'final'}")
     if config.run.report:
         print(f"  report: {result.directory / 'report.html'}")
+
+
+def _resumed(words: list[str]) -> Config:
+    """Return the configuration of a run that is gone on with, perhaps for more iterations."""
+    from diffusion_grpo.config import load_config
+
+    longer = len(words) == 3 and words[1] in ("--iterations", "--run.iterations")
+    if len(words) != 1 and not longer:
+        raise UsageError(
+            "train --resume takes one run directory, and no other option but --iterations N, to "
+            "make the run longer, and --distributed: a run keeps its config"
+        )
+    path = str(Path(words[0]) / "config.yaml")
+    config = load_config(path, ["--run.output", *words])
+    before = load_config(path).run.iterations
+    if config.run.iterations < before:
+        raise UsageError(
+            f"--iterations is {config.run.iterations}, and {words[0]} is a run of {before}; "
+            "expected more: a run can be made longer, not shorter"
+        )
+    return config
 
 
 def _module(name: str, words: list[str]) -> int:

@@ -193,7 +193,13 @@ def demo_mix() -> Config:
 
 
 def sd15() -> Config:
-    """Stable Diffusion 1.5 at 512 x 512, a LoRA adapter in bfloat16, toward a CLIP score."""
+    """Stable Diffusion 1.5 at 512 x 512, a LoRA adapter in bfloat16, toward a CLIP score.
+
+    `diffusion-grpo train sd15`: 200 iterations of 256 images; `diffusion-grpo plan sd15 --device
+    NAME` says how long they take on a device (5.4 minutes each on an H100, by the data sheet) and
+    how much memory (14.4 GiB). The reward of real weights has not been seen to rise here: no hub
+    was at hand. Every 20 iterations two images of each held-out prompt tell diversity and KL.
+    """
     return Config(
         model=ModelConfig(
             pretrained="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -216,7 +222,7 @@ def sd15() -> Config:
         ),
         grpo=GRPOOptions(microbatch=8),
         optim=OptimConfig(learning_rate=3e-4),
-        eval=EvalConfig(every=20),
+        eval=EvalConfig(every=20, images_per_prompt=2, stochastic=True),
         run=RunConfig(output="runs/sd15", iterations=200, save_every=20),
     )
 

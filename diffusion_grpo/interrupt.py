@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop where its state is whole: at the end of an iteration."""
+"""Ctrl-C and SIGTERM ask a run to stop where its state is whole, or can be had again as it was."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from typing import Any
 
 from diffusion_grpo.errors import Preempted
 from diffusion_grpo.processes import exchange
+
+
+class StopNow(BaseException):
+    """Raised where a run is to stop within an iteration, which is done anew when it is resumed.
+
+    Attributes:
+        request: whose `stopped` says what to raise once the state before it is saved.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        """Stop as `request` says."""
+        super().__init__("asked to stop")
+        self.request = request
 
 
 class StopRequest:
@@ -45,6 +58,11 @@ class StopRequest:
         self.requested, self.preempted = (any(flags) for flags in zip(*said, strict=True))
         return self.requested
 
+    def check(self) -> None:
+        """Raise `StopNow` if any process is to stop; all have to come here as often."""
+        if self.agreed():
+            raise StopNow(self)
+
     def stopped(self, resume: str) -> BaseException:
         """Return what to raise once the state is saved: by SIGTERM `Preempted`, else as Ctrl-C."""
         told = f"stopped; go on with: {resume}"
@@ -55,4 +73,4 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = self._received = True
         self.preempted = number == signal.SIGTERM
-        print("stopping after this iteration; once more to stop at once", file=sys.stderr)
+        print("stopping: saving first what is done; once more to stop at once", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from diffusion_grpo.advantages import (
     RewardHistory,
     best_and_worst,
     running_advantages,
+    uninformative_groups,
     weighted_advantages,
 )
 from diffusion_grpo.config import Config, GRPOOptions
@@ -59,11 +60,9 @@ class Rollout(NamedTuple):
     kl: Any = None
 
 
-def penalized(total: np.ndarray, state: LearnerState, rollout: Rollout) -> Any:
-    """Return the summed reward `[B]`, less β KL where the KL is in the reward."""
-    if rollout.kl is None:
-        return total
-    return np.asarray(jnp.asarray(total) - state.beta * rollout.kl)
+def kl_penalty(state: LearnerState, rollout: Rollout) -> np.ndarray | None:
+    """Return β KL `[B]` where the KL is in the reward, to be subtracted from it."""
+    return None if rollout.kl is None else np.asarray(state.beta * rollout.kl)
 
 
 def image_advantages(
@@ -76,24 +75,34 @@ def image_advantages(
     group_size: int,
     prompt_index: np.ndarray,
     history: Mapping[str, RewardHistory],
+    penalty: np.ndarray | None = None,
 ) -> tuple[Any, dict[str, RewardHistory]]:
     """Return the advantages of an iteration's images, and the rewards' history with them.
+
+    A group of equal rewards has advantages of 0 whatever the penalty: divided by the group's
+    standard deviation, it alone would push as hard as any reward does, however small β is. (Running
+    advantages are of the prompt's history, and divide by no group's.)
 
     Args:
         options: which advantage, of the summed reward or of each.
         scores: reward name to `[B]`, unweighted.
-        total: `[B]`, the weighted sum, less β KL where that is in the reward.
+        total: `[B]`, the weighted sum.
         weights: of the rewards, in the order of `scores`.
         kept: `[B]`, false for the images of a group that was dropped, whose advantages are 0.
         group_size: G.
         prompt_index: `[B]`, each image's prompt in its list.
         history: of the iterations before; empty unless the advantages are running ones.
+        penalty: `[B]`, subtracted from the total: β KL where that is in the reward.
 
     Returns:
         Advantages `[B]`, float32, clipped.
     """
     (rows,) = np.nonzero(kept)
-    rewards, factors = {"total": jnp.asarray(total)[rows]}, {"total": 1.0}
+    total = jnp.asarray(total)[rows]
+    rewards, factors = (
+        {"total": total if penalty is None else total - penalty[rows]},
+        {"total": 1.0},
+    )
     if options.combine == "advantages":
         rewards = {name: jnp.asarray(score[rows]) for name, score in scores.items()}
         factors = dict(zip(scores, weights, strict=True))
@@ -114,10 +123,17 @@ def image_advantages(
         advantages = weighted_advantages(
             rewards, factors, group_size, kind=options.advantage, eps=options.advantage_eps
         )
+        if penalty is not None:
+            flat = jnp.repeat(uninformative_groups(total, group_size), group_size)
+            advantages = jnp.where(flat, 0.0, advantages)
     advantages = jnp.clip(advantages, -options.advantage_clip, options.advantage_clip)
     if len(rows) < len(kept):
         advantages = jnp.zeros(len(kept), jnp.float32).at[rows].set(advantages)
     return advantages, after
+
+
+def do_nothing() -> None:
+    """Raise nothing: what is called again and again where nobody has asked for it."""
 
 
 class Learner:
@@ -126,6 +142,8 @@ class Learner:
     Attributes:
         policy: what it samples and learns with; its batches are in the order of the groups.
         learning_rate: iteration → learning rate.
+        check: called again and again while the first of an iteration's gradients is computed, as
+            long as the state is what it was; it may raise, and does nothing unless it is set.
         notes: what the user is told at the start, a line each.
     """
 
@@ -143,6 +161,7 @@ class Learner:
         self._optimizer, self.learning_rate = make_optimizer(
             config.optim, config.grpo.updates_per_rollout, config.run.iterations
         )
+        self.check: Callable[[], None] = do_nothing
         self.notes: list[str] = []
 
     def init(self, num_prompts: int, rewards: Collection[str] = ()) -> LearnerState:

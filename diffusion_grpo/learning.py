@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.consistency import images_learned_from, images_sharing_a_prompt
-from diffusion_grpo.learner import Learner, LearnerState, Rollout
+from diffusion_grpo.learner import Learner, LearnerState, Rollout, do_nothing
 from diffusion_grpo.mesh import by_rows, join_rows, replicated, shards, to_host
 from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
 from diffusion_grpo.optim import make_update, moved_average
@@ -114,6 +114,7 @@ class GRPOLearner(Learner):
             gamma=options.gamma,
             dual_clip=options.dual_clip,
             scale_clip=options.clip_scale == "auto",
+            guard=options.guard,
         )
 
     def sample(
@@ -174,11 +175,13 @@ class GRPOLearner(Learner):
                 plan._replace(steps=steps),
                 state.beta,
                 on_policy=number == 0,
+                check=do_nothing if number else self.check,
             )
             history.append(metrics)
         history = to_host(history)
         if options.ratio_base == "old" and len(history) > 1:
-            del history[0]["clip_fraction"]  # ρ is 1 there: nothing can be clipped
+            for name in ("clip_fraction", "approx_kl", "ratio/mean"):
+                del history[0][name]  # ρ is 1 there, and would be counted as a measurement
         if rollout.kl is not None:
             history = [metrics | {"kl": float(rollout.kl.mean())} for metrics in history]
         if self.policy.learns_noise:
@@ -303,12 +306,20 @@ class NFTLearner(Learner):
         options, train, history = self.config.grpo, state.train, []
         for number in range(options.updates_per_rollout):
             drawn = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-            timesteps = draw_timesteps(drawn, rollout.schedule.timesteps, self.config.nft.timesteps)
+            # Keys of their own: a key's children are the same for whatever is drawn with it.
+            first, second = jnp.moveaxis(jax.vmap(jax.random.split)(drawn), 1, 0)
+            timesteps = draw_timesteps(first, rollout.schedule.timesteps, self.config.nft.timesteps)
             batch = self._chosen(
-                rollout.batch._replace(timesteps=timesteps, keys=drawn), advantages
+                rollout.batch._replace(timesteps=timesteps, keys=second), advantages
             )
             train, metrics = self._update(
-                train, state.old, self.policy.trained, self.policy.frozen, batch, state.beta
+                train,
+                state.old,
+                self.policy.trained,
+                self.policy.frozen,
+                batch,
+                state.beta,
+                check=do_nothing if number else self.check,
             )
             history.append(metrics)
         decay = min(self.config.nft.decay, self.config.nft.decay_rise * iteration)

@@ -6,19 +6,21 @@ held-out prompts.
 | name | unit | meaning |
 |---|---|---|
 | `reward/mean`, `reward/std` | reward | combined total over the images; population std |
+| `reward/group_std` | reward | std of the total within a group, mean over the groups |
 | `reward/<name>/mean`, `/std`, `/min`, `/max` | its own | one reward, unweighted |
 | `reward/correlation/<a>:<b>` | 1 | Pearson's, of two rewards; left out where one is constant |
 | `reward/dropped` | share | images left out with their groups, since a reward failed; if any |
 | `reward/<name>/dropped`, `/cached` | share | images it failed on, if any; whose score it knew |
 | `advantage/mean`, `advantage/std` | 1 | advantages after clipping |
-| `advantage/zero_groups` | share | groups whose rewards are all equal, which teach nothing |
+| `advantage/zero_groups` | share | groups whose advantages are all 0, which teach nothing |
 | `loss` | 1 | what is minimized: policy loss + β · KL − entropy term, mean over updates |
 | `policy_loss` | 1 | the clipped surrogate alone |
-| `kl` | nats* | KL(π_θ ‖ π_ref), as configured; for `nft` mean square difference of outputs |
+| `kl` | nats* | KL(π_θ ‖ π_ref) of the steps learned from; for `nft` mean square of outputs' gap |
 | `beta` | 1 | β, the weight of the KL, which a target KL adapts |
-| `approx_kl` | nats* | KL(π_old ‖ π_θ) by k3: of a trajectory, or of a step, as `ratio` says |
-| `ratio/mean`, `ratio/min`, `ratio/max` | 1 | ρ = π_θ / π_old, or / π_ref by `ratio_base` |
-| `clip_fraction` | share | ratios clipped, so without gradient; in updates where ρ can be ≠ 1 |
+| `approx_kl` | nats* | KL(π_old ‖ π_θ) by k3: of a trajectory, or of a step, as `ratio` says † |
+| `ratio/mean`, `ratio/min`, `ratio/max` | 1 | ρ = π_θ / π_old, or / π_ref by `ratio_base` † |
+| `ratio/drift` | nats* | largest change of a step's log p at θ_old: of rounding alone |
+| `clip_fraction` | share | ratios clipped, so without gradient † |
 | `entropy` | nats* | of the steps that are learned from, summed |
 | `noise_scale/min`, `noise_scale/max` | 1 | learned factor of the steps' noise |
 | `old_distance` | output² | for `nft`: mean square difference of the outputs to the old policy |
@@ -31,14 +33,17 @@ held-out prompts.
 | `images_per_second` | 1/s | images of the iteration by its wall time |
 | `eval/reward/mean`, `eval/reward/standard_error` | reward | held-out total, and its error |
 | `eval/reward/<name>/mean` | its own | one reward, trained on or gold, on the held-out prompts |
-| `eval/diversity` | share | difference of a prompt's images, 0 to 1; `stats.diversity` |
-| `eval/sharpness` | level | spread of the Laplacian; blur lowers it, grids raise it |
-| `eval/saturation` | share | mean saturation of the colors |
-| `eval/jpeg_kilobytes` | kB | size as a JPEG of quality 95 |
-| `eval/kl` | nats* | KL to the reference along stochastic held-out trajectories |
+| `diversity` | share | difference of a prompt's images, 0 to 1; held out if it has several |
+| `sharpness` | level | spread of the Laplacian; blur lowers it, grids raise it; of 32 images |
+| `saturation` | share | mean saturation of the colors; of 32 images |
+| `brightness` | level | mean luma; of 32 images |
+| `jpeg_kilobytes` | kB | size as a JPEG of quality 95; of 32 images |
+| `eval/kl` | nats* | KL to the reference over all steps of stochastic held-out trajectories |
 | `time/evaluate` | s | wall time of an evaluation |
 
 * by `log_prob_reduction`: a sum over the latent's elements, or their mean.
+
+† of several updates a rollout, means are over those after the first, at which ρ is 1.
 
 JSON has no NaN and no infinity: they are written as the strings `"nan"`, `"inf"` and `"-inf"`, and
 `read_metrics` turns them back into numbers.

@@ -78,7 +78,7 @@ def model_card(
         f"{algorithm} by diffusion-grpo {__version__}.\n",
         "" if iteration is None else f"It is the checkpoint after {iteration} iterations.\n",
         f"```python\n{example}```\n",
-        f"`{base}` comes with diffusion-grpo: `diffusion-grpo list checkpoints` says where.\n"
+        f"`{base}` comes with diffusion-grpo: it is in `assets/` of a checkout.\n"
         if embedded and kind != "diffusers"
         else "",
         f"The results are for {said}.\n",

@@ -217,13 +217,21 @@ def make_nft_gradient(loss: CompiledNFT) -> Callable[..., tuple[Any, dict[str, A
     Returns:
         `gradient(params, old, reference, frozen, batch, beta) -> (gradient like params, metrics)`,
         with the old policy's and the reference's parameters like `params`, and `beta` the weight of
-        the penalty mean‖output − output_ref‖². Metrics: `loss`, `policy_loss`, `old_distance` (the
+        the penalty mean‖output − output_ref‖². `check=` is called before each microbatch, and may
+        raise. Metrics: `loss`, `policy_loss`, `old_distance` (the
         same square, to the old policy), and `kl`, the penalty without its weight, where it is on.
     """
     config, lanes = loss.config, Lanes()
 
     def gradient(
-        params: Any, old: Any, reference: Any, frozen: Any, batch: NFTBatch, beta: Array
+        params: Any,
+        old: Any,
+        reference: Any,
+        frozen: Any,
+        batch: NFTBatch,
+        beta: Array,
+        *,
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[Any, dict[str, Array]]:
         count, number = batch.timesteps.shape
         share = jnp.float32(1 / number)
@@ -242,7 +250,7 @@ def make_nft_gradient(loss: CompiledNFT) -> Callable[..., tuple[Any, dict[str, A
 
         starts = range(0, count, config.microbatch)
         zeros = partial(jax.tree.map, jnp.zeros_like, params)
-        total, history = sum_in_lanes(lanes, add, zeros, starts)
+        total, history = sum_in_lanes(lanes, add, zeros, starts, check)
         metrics = {
             name: jnp.stack([values[name] for values in history]).sum() / count
             for name in history[0]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_grpo import processes
-from diffusion_grpo.config import Config, to_yaml
+from diffusion_grpo.config import Config, load_config, to_yaml
 from diffusion_grpo.divided_scoring import DividedScoring
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
@@ -101,7 +101,7 @@ def make_directory(
         config: the run's.
         directory: of the run.
         notes: what follows from the configuration, written above it as comments.
-        resume: whether there should be a run.
+        resume: whether there should be a run; it may be made longer.
 
     Returns:
         The lock on it, taken.
@@ -114,10 +114,11 @@ def make_directory(
         with contextlib.ExitStack() as stack:
             lock = stack.enter_context(RunLock(directory))
             check_directory(config, resume)  # nobody has begun a run in between
-            if not resume:
-                text = "".join(f"# {note}\n" for note in notes) + to_yaml(config)
+            text = "".join(f"# {note}\n" for note in notes) + to_yaml(config)
+            path = directory / "config.yaml"
+            if not resume or load_config(str(path)).run.iterations != config.run.iterations:
                 (directory / SCRATCH).write_text(text, encoding="utf-8")
-                os.replace(directory / SCRATCH, directory / "config.yaml")
+                os.replace(directory / SCRATCH, path)
             (directory / "samples").mkdir(exist_ok=True)
             stack.pop_all()  # the caller holds it now
         return lock
@@ -344,10 +345,26 @@ def _part(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
     return jax.tree.map(lambda x: take_rows(x, rows), conditioning[0]), conditioning[1]
 
 
-def decoded_and_scored(decode: Any, images: list[Any], scoring: Scoring | DividedScoring) -> Output:
-    """Have what is drawn decoded, added to `images`, and handed to the rewards."""
+def decoded_and_scored(
+    decode: Any,
+    images: list[Any],
+    scoring: Scoring | DividedScoring,
+    check: Callable[[], None] = lambda: None,
+) -> Output:
+    """Have what is drawn decoded, added to `images`, and handed to the rewards.
+
+    Args:
+        decode: latents → images.
+        images: gets them, chunk by chunk.
+        scoring: of the rewards.
+        check: called with each chunk, and with no more than two of them under way, so that what it
+            raises comes soon.
+    """
 
     def take(chunk: Any) -> None:
+        if len(images) > 1:
+            jax.block_until_ready(images[-2])
+        check()
         images.append(chunk)
         scoring.add(own_rows(chunk))
 

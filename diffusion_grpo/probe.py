@@ -43,7 +43,8 @@ def measure_drift(
 
     Returns:
         float64: |Σ_t w_t Δ log p_t| of each image, or |Δ log p_t| of each step of each image of the
-        microbatch; in nats by the reduction of the log-prob.
+        microbatch (with GRPO-Guard times σ_t, as in the ratio); in nats by the reduction of the
+        log-prob.
     """
     size, zero = loss.config.microbatch, jnp.float32(0)
     changes = []
@@ -57,7 +58,8 @@ def measure_drift(
         none = Pulls(*3 * [jnp.zeros_like(mb.advantages)])
         for i in plan.active:
             empty = loss.zeros(params)
-            changes.append(loss.accumulate(empty, *common, i, none, Shares(zero, zero))[2])
+            change = loss.accumulate(empty, *common, i, none, Shares(zero, zero))[2]
+            changes.append(change * schedule.std[i] if loss.config.guard else change)
         break
     return np.abs(np.concatenate([to_host(change).astype(np.float64) for change in changes]))
 

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.events import read_events
 from diffusion_grpo.gallery import Entry, Gallery
 from diffusion_grpo.metrics import METRICS_FILE, metric_meanings, read_metrics
 from diffusion_grpo.report_warnings import run_warnings
@@ -30,6 +31,7 @@ EARLY_STOP_FILE = "early_stop.json"
 PICTURE_BYTES = 16_000_000  # of all sheets in a page; base64 makes a third more of it
 _MAX_POINTS = 3000  # of a curve
 _SMALLEST_TILE = 32
+_MAX_EVENTS = 300  # the last ones in a page
 _PAGE = Path(__file__).with_name("report_page")
 
 
@@ -154,6 +156,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
         "warnings": ([stopped["reason"]] if stopped else []) + run_warnings(directory, rows, gold),
         "metrics": _columns(_thinned(rows)),
         "seconds": _training_seconds(rows, done),
+        "events": read_events(directory)[-_MAX_EVENTS:],
         "rollouts_left_out": 0,
     }
 

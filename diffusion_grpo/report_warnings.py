@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from diffusion_grpo.gallery import Entry, Gallery
+from diffusion_grpo.stats import MONITORS
 
 _LAST = 10  # iterations that a warning about the present state looks at
+_CHANGED = 0.3  # share of a plain measure of the pictures past which they are worth a look
 
 
 def run_warnings(
@@ -34,7 +36,7 @@ def run_warnings(
                 "rate may be too high"
             )
             break
-    found += _hacking(directory, gold)
+    found += _hacking(directory, rows, gold)
     skipped = sum(row.get("skipped", 0) for row in rows)
     if skipped:
         found.append(f"{skipped:g} updates were skipped because their gradient was not finite")
@@ -47,7 +49,7 @@ def run_warnings(
     zero = _recent(rows, "advantage/zero_groups")
     if zero is not None and zero > 0.5:
         found.append(
-            f"{zero:.0%} of the groups have equal rewards, which teach nothing: the reward is too "
+            f"{zero:.0%} of the groups have equal rewards and teach nothing: the reward is too "
             "coarse, too easy or too hard for these prompts, or the groups are too small"
         )
     return found
@@ -58,12 +60,14 @@ def _recent(rows: Sequence[dict[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _hacking(directory: Path, gold: Mapping[str, float]) -> list[str]:
+def _hacking(
+    directory: Path, rows: Sequence[dict[str, Any]], gold: Mapping[str, float]
+) -> list[str]:
     """Return signs that the reward rose at the cost of what it stands for."""
     gallery = Gallery(directory)
     evaluations = gallery.entries("evaluation")
     if len(evaluations) < 2:
-        return []
+        return _same_picture(rows, {}, {})
     first, last = evaluations[0], evaluations[-1]
     found = []
 
@@ -80,11 +84,29 @@ def _hacking(directory: Path, gold: Mapping[str, float]) -> list[str]:
                 "rose: it may be being hacked; raise grpo.beta, stop earlier, or take the best "
                 "checkpoint"
             )
-    measured = [(entry.summary or {}).get("metrics", {}) for entry in evaluations]
-    before, after = measured[0].get("diversity"), measured[-1].get("diversity")
-    if before and after is not None and math.isfinite(after) and after < 0.5 * before:
-        found.append(
-            f"the diversity of a prompt's images fell from {before:.3g} to {after:.3g}: the model "
-            "draws nearly the same picture again and again"
-        )
-    return found
+    before, after = ((entry.summary or {}).get("metrics", {}) for entry in (first, last))
+    for name in MONITORS if rose and not gold else ():
+        start, end = before.get(name), after.get(name)
+        if start and end is not None and abs(end / start - 1) > _CHANGED:
+            found.append(
+                f"the {name.replace('_', ' ')} of the held-out pictures went from {start:.3g} to "
+                f"{end:.3g} while the reward rose, and no gold reward (eval.gold) says whether "
+                "they are better: look at them, and if the reward is being hacked raise grpo.beta"
+            )
+    return found + _same_picture(rows, before, after)
+
+
+def _same_picture(
+    rows: Sequence[dict[str, Any]], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[str]:
+    """Say if the diversity fell: of the held-out pictures if it is known, else of the rollouts."""
+    start, end, whose = before.get("diversity"), after.get("diversity"), "a held-out prompt's"
+    if start is None and len(rows) >= 2 * _LAST:
+        start, end = _recent(rows[:_LAST], "diversity"), _recent(rows, "diversity")
+        whose = "a prompt's"
+    if not start or end is None or not math.isfinite(end) or end >= 0.5 * start:
+        return []
+    return [
+        f"the diversity of {whose} images fell from {start:.3g} to {end:.3g}: the model draws "
+        "nearly the same picture again and again"
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_grpo import processes
-from diffusion_grpo.advantages import uninformative_groups
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
@@ -33,19 +31,30 @@ def update_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
     A mean is over the updates that have the number.
     """
     reduce = {"ratio/min": np.min, "ratio/max": np.max, "skipped": np.sum}
-    names = history[-1].keys()
+    names = dict.fromkeys(name for each in history for name in each)
     return {
         name: float(reduce.get(name, np.mean)([h[name] for h in history if name in h]))
         for name in names
     }
 
 
-def zero_groups(scores: Mapping[str, np.ndarray], kept: np.ndarray, group_size: int) -> float:
-    """Return the share of the groups kept in which every reward is the same for all images."""
-    each = [
-        uninformative_groups(jnp.asarray(values[kept]), group_size) for values in scores.values()
-    ]
-    return float(jnp.stack(each).all(axis=0).mean())
+def group_metrics(
+    total: np.ndarray, advantages: Any, kept: np.ndarray, group_size: int
+) -> dict[str, float]:
+    """Return what says how much the groups that were kept have to teach.
+
+    Args:
+        total: the summed reward [B], group by group.
+        advantages: [B].
+        kept: [B], false for the images of dropped groups.
+        group_size: G.
+    """
+    rewards = np.asarray(total, np.float64)[kept].reshape(-1, group_size)
+    each = np.asarray(advantages)[kept].reshape(-1, group_size)
+    return {
+        "reward/group_std": float(rewards.std(axis=1).mean()),
+        "advantage/zero_groups": float((each == 0).all(axis=1).mean()),
+    }
 
 
 def describe(evaluation: Evaluation, when: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from diffusion_grpo import processes
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation
+from diffusion_grpo.events import record_event
 from diffusion_grpo.faults import check_present
 from diffusion_grpo.gallery import ROLLOUT_TILE, reduced
 from diffusion_grpo.grids import image_grid
@@ -22,6 +23,10 @@ from diffusion_grpo.metrics import MetricsLog, Progress
 from diffusion_grpo.recorder import Recorder
 from diffusion_grpo.results import describe, save_evaluation_grid, save_results
 from diffusion_grpo.reward_scores import RewardResult
+from diffusion_grpo.stats import MONITORS, diversity, monitor
+
+# Images of an iteration that are measured; all of a large one would take seconds.
+MEASURED = 32
 
 
 class RunOutput:
@@ -55,6 +60,7 @@ class RunOutput:
         """
         self._gold = gold
         self._config, self._directory, self._start = config, directory, start
+        self._done = start
         self._log, self._recorder = log, None
         self._progress = Progress(
             config.run.iterations,
@@ -76,14 +82,24 @@ class RunOutput:
                 )
                 self._recorder = stack.enter_context(recorder)
             self._stack = stack.pop_all()
+        self._record(f"resumed after {self._start} iterations" if self._start else "begun")
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         """Close them."""
-        self._stack.__exit__(*error)
+        if kind is None:
+            self._record("finished")
+        else:
+            self._record(f"ended by {kind.__name__}: {error[0]}")
+        self._stack.__exit__(kind, *error)
+
+    def _record(self, text: str) -> None:
+        if self._recorder is not None:
+            record_event(self._directory, self._done, text)
 
     def message(self, text: str) -> None:
-        """Say a line."""
+        """Say a line, and record it."""
+        self._record(text)
         self._progress.message(text)
 
     def before(self, evaluation: Evaluation) -> None:
@@ -101,8 +117,8 @@ class RunOutput:
         texts: Sequence[str],
         result: RewardResult,
         advantages: Any,
-    ) -> None:
-        """Record the images of an iteration, in the size of the gallery.
+    ) -> dict[str, float]:
+        """Record the images of an iteration, in the size of the gallery, and measure them.
 
         Args:
             iteration: counted from 0.
@@ -110,21 +126,34 @@ class RunOutput:
             texts: B prompts.
             result: their scores.
             advantages: [B].
+
+        Returns:
+            What `stats` measures: the diversity of the groups, and the means over about `MEASURED`
+            of the images, evenly from all; nothing in a process that writes nothing.
         """
         if self._recorder is not None:
             check_present(self._directory)
-        tiles = np.asarray(own_rows(images))
+        tiles = own = np.asarray(own_rows(images))
+        share = -(-MEASURED // processes.count())
+        some = np.unique(np.linspace(0, len(own) - 1, share, dtype=int))
+        found = np.stack(list(monitor(own[some]).values()), axis=1).astype(np.float32)
         if processes.count() > 1:
-            tiles = processes.gather_rows(reduced(tiles, ROLLOUT_TILE), "the gallery's images")
-        if self._recorder is not None:
-            self._recorder.rollout(
-                iteration,
-                tiles,
-                texts,
-                {"total": result.total} | result.scores,
-                np.asarray(advantages),
-                self._config.rollout.images_per_prompt,
-            )
+            tiles = processes.gather_rows(reduced(own, ROLLOUT_TILE), "the gallery's images")
+            found = processes.gather_rows(found, "what was measured of the images")
+        if self._recorder is None:
+            return {}
+        size = self._config.rollout.images_per_prompt
+        self._recorder.rollout(
+            iteration,
+            tiles,
+            texts,
+            {"total": result.total} | result.scores,
+            np.asarray(advantages),
+            size,
+        )
+        measured = dict(zip(MONITORS, found.mean(axis=0).tolist(), strict=True))
+        groups = np.arange(len(tiles)) // size
+        return measured | {"diversity": float(diversity(tiles, groups).mean())}
 
     def evaluation(
         self, done: int, evaluation: Evaluation, metrics: dict[str, Any], since: float
@@ -141,16 +170,19 @@ class RunOutput:
             Why to stop the run, or None; and the mean that makes it the best so far, or None.
         """
         self.message(describe(evaluation, f"iteration {done}"))
-        stopped = quality = None
+        quality = None
         if self._recorder is not None:
             metrics |= {f"eval/{name}": value for name, value in evaluation.metrics().items()}
             metrics["time/evaluate"] = time.perf_counter() - since
             self._recorder.evaluation(done, evaluation)
-            stopped = self._recorder.stop_reason()
             if self._config.eval.keep_best and self._recorder.is_best(done):
                 quality = self._recorder.quality(done)
-        stopped, quality = processes.of_leader([stopped, quality], "whether to stop early")
-        return stopped, quality
+        return self.stop_reason(), processes.of_leader(quality, "whether it is the best so far")
+
+    def stop_reason(self) -> str | None:
+        """Return why the evaluations so far should end the run early, or None."""
+        reason = None if self._recorder is None else self._recorder.stop_reason()
+        return processes.of_leader(reason, "whether to stop early")
 
     def metrics(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of an iteration."""
@@ -177,6 +209,7 @@ class RunOutput:
 
     def update(self, done: int, metrics: Mapping[str, Any]) -> None:
         """Show that iterations are done."""
+        self._done = done
         self._progress.update(done, metrics)
 
     def after(self, done: int, before: Evaluation, after: Evaluation) -> None:

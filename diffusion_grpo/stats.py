@@ -17,7 +17,8 @@ from PIL import Image
 
 RESAMPLES = 9999
 LEVEL = 0.95
-MONITORS = ("sharpness", "saturation", "jpeg_kilobytes")
+MONITORS = ("sharpness", "saturation", "brightness", "jpeg_kilobytes")
+_BLOCK = 16  # images measured at once, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,14 @@ def monitor(images: UInt8[np.ndarray, "B H W 3"]) -> dict[str, Float[np.ndarray,
     - `sharpness`: the standard deviation of the discrete Laplacian of the luma (Rec. 601), in
       levels of 0 to 255; blur lowers it, grids and noise raise it.
     - `saturation`: the mean of (max − min) / max of the channels (HSV's S), 0 to 1.
+    - `brightness`: the mean luma, 0 to 255.
     - `jpeg_kilobytes`: the size of the image as a JPEG of quality 95, in 1000 bytes.
     """
+    blocks = [_monitor(images[i : i + _BLOCK]) for i in range(0, len(images), _BLOCK)]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in MONITORS}
+
+
+def _monitor(images: UInt8[np.ndarray, "B H W 3"]) -> dict[str, Float[np.ndarray, " B"]]:
     luma = images.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
     inner = luma[:, 1:-1, 1:-1]
     around = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:]
@@ -135,7 +142,8 @@ def monitor(images: UInt8[np.ndarray, "B H W 3"]) -> dict[str, Float[np.ndarray,
     chroma = highest - images.min(axis=-1)
     saturation = np.where(highest > 0, chroma / np.maximum(highest, 1), 0.0).mean(axis=(1, 2))
     sizes = np.array([_jpeg_size(image) / 1000 for image in images])
-    return {"sharpness": sharpness, "saturation": saturation, "jpeg_kilobytes": sizes}
+    measured = (sharpness, saturation, luma.mean(axis=(1, 2)), sizes)
+    return dict(zip(MONITORS, measured, strict=True))
 
 
 def _jpeg_size(image: np.ndarray) -> int:

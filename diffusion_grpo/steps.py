@@ -171,6 +171,7 @@ def clip_scale(
     *,
     ratio: Ratio,
     reduction: Reduction,
+    guard: bool = False,
 ) -> float:
     """Return how much wider a log-ratio spreads than one step's of a 64 × 64 × 4 latent, by mean.
 
@@ -181,7 +182,9 @@ def clip_scale(
     alike at all steps, m_t is proportional to the `step_sensitivity` s_t, so relative to one step
     (of the steps' rms) that is √(Σ_t w_t² s_t² / mean_t s_t²), which is √n for n steps of weight 1.
 
-    A clip range that is multiplied by this (in log ρ) limits the same change of the policy.
+    A clip range that is multiplied by this (in log ρ) limits the same change of the policy. The
+    exponents of GRPO-Guard spread σ_t times as far, by the steps' rms
+    √(mean_t σ_t² s_t² / mean_t s_t²) times.
 
     Args:
         schedule: T steps.
@@ -190,13 +193,15 @@ def clip_scale(
         latent_size: D, elements of a latent.
         ratio: one an image, or one a step (then the sum over steps has one term).
         reduction: of the log-prob over the latent.
+        guard: GRPO-Guard's normalization of a step's ratio.
     """
     scale = math.sqrt(NOMINAL_LATENT / latent_size) * (latent_size if reduction == "sum" else 1)
-    if ratio == "step":
-        return scale
     index = np.asarray(active)
-    w = np.asarray(weights, np.float64)[index]
     s = np.asarray(step_sensitivity(schedule), np.float64)[index]
+    if ratio == "step":
+        factor = np.asarray(schedule.std, np.float64)[index] if guard else 1.0
+        return scale * math.sqrt(np.square(factor * s).mean() / np.square(s).mean())
+    w = np.asarray(weights, np.float64)[index]
     return scale * math.sqrt(np.square(w * s).sum() / np.square(s).mean())
 
 
@@ -215,6 +220,7 @@ def plan_steps(
     gamma: float = 1.0,
     dual_clip: float | None = None,
     scale_clip: bool = True,
+    guard: bool = False,
 ) -> StepPlan:
     """Decide an iteration's steps, weights and clip range; all active steps are differentiated.
 
@@ -232,6 +238,7 @@ def plan_steps(
         gamma: γ of `discounts`.
         dual_clip: c, given as the clip range is.
         scale_clip: multiply the range by `clip_scale`; else it acts as it is.
+        guard: see `clip_scale`.
 
     Returns:
         The plan, K = A.
@@ -245,7 +252,9 @@ def plan_steps(
     active = choose_steps(active, fraction_of(len(active), fraction), (*draw, 0, 1))
     scale = 1.0
     if scale_clip:
-        scale = clip_scale(schedule, w, active, latent_size, ratio=ratio, reduction=reduction)
+        scale = clip_scale(
+            schedule, w, active, latent_size, ratio=ratio, reduction=reduction, guard=guard
+        )
     low, high = scaled_clip(clip_low, clip_high, scale)
     dual = None if dual_clip is None else scaled_clip(0.5, dual_clip - 1, scale)[1] + 1
     return StepPlan(

@@ -27,7 +27,7 @@ from diffusion_grpo.errors import RunError
 from diffusion_grpo.evaluate import Evaluation, Evaluator
 from diffusion_grpo.faults import explained, nonfinite_message, phase
 from diffusion_grpo.interrupt import StopRequest
-from diffusion_grpo.learner import Learner, LearnerState, image_advantages, penalized
+from diffusion_grpo.learner import Learner, LearnerState, image_advantages, kl_penalty
 from diffusion_grpo.learning import make_learner
 from diffusion_grpo.mesh import (
     by_rows,
@@ -56,7 +56,7 @@ from diffusion_grpo.preparation import (
 from diffusion_grpo.pretrained import StableDiffusion, check_layout, local_directory
 from diffusion_grpo.processes import leads, of_leader
 from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch, upcoming_prompts
-from diffusion_grpo.results import export, update_metrics, zero_groups
+from diffusion_grpo.results import export, group_metrics, update_metrics
 from diffusion_grpo.rollout import image_keys, initial_noise
 from diffusion_grpo.run_output import RunOutput
 from diffusion_grpo.text_encoding import pipeline_parts
@@ -91,7 +91,8 @@ def train(
 
     Returns:
         The evaluations before and after. The run directory holds `config.yaml`, `metrics.jsonl`,
-        `samples/`, `checkpoints/`, `evaluation.json` and `final/`, the exported pipeline.
+        `events.jsonl`, `samples/`, `checkpoints/`, `evaluation.json` and `final/`, the exported
+        pipeline.
 
     Raises:
         UsageError: something asked for cannot be done; found before any work where it can be.
@@ -172,6 +173,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
         ) as output,
         StopRequest() as stop,
     ):
+        learner.check = stop.check
         for note in notes:
             output.message(note)
         output.message(f"evaluating before training on {evaluator.description}")
@@ -180,7 +182,9 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
         output.before(before)
 
         done = encoded = start
-        for iteration in range(start, config.run.iterations):
+        if stopped := output.stop_reason():  # it was ended between this and its end
+            output.message(stopped)
+        for iteration in range(start, start if stopped else config.run.iterations):
             if stop.agreed():  # here the state is whole, and saved or made anew in no time
                 checkpoints.save(iteration, leaves(state))
                 checkpoints.wait()
@@ -229,7 +233,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                     noise,
                     step_keys,
                     conditioning,
-                    output=decoded_and_scored(decode, chunks, scoring),
+                    output=decoded_and_scored(decode, chunks, scoring, stop.check),
                 )
                 images = join_rows(chunks)
                 images.block_until_ready()
@@ -242,8 +246,9 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             advantages, history = image_advantages(
                 options,
                 result.scores,
-                penalized(result.total, state, drawn),
+                result.total,
                 rewards.weights,
+                penalty=kl_penalty(state, drawn),
                 kept=result.kept,
                 group_size=group_size,
                 prompt_index=index,
@@ -253,7 +258,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
 
             # update
             loss_keys = by_rows(image_keys(seed, iteration, index, group, "loss"))
-            with phase("the update"):
+            with checkpoints.kept(iteration, leaves(state), resume=again), phase("the update"):
                 if iteration == start and (drift := learner.probe(state, drawn)):
                     output.message(drift)
                 state, updates = learner.learn(
@@ -267,7 +272,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                 **update_metrics(updates),
                 "advantage/mean": float(advantages.mean()),
                 "advantage/std": float(advantages.std()),
-                "advantage/zero_groups": zero_groups(result.scores, result.kept, group_size),
+                **group_metrics(result.total, advantages, result.kept, group_size),
                 "learning_rate": learner.learning_rate(iteration),
                 "time/sample": sampled - began,
                 "time/reward": scored - sampled,
@@ -276,7 +281,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                 "images_per_second": rollout.num_images / (updated - began),
             }
             done = iteration + 1
-            output.rollout(iteration, images, texts, result, advantages)
+            metrics |= output.rollout(iteration, images, texts, result, advantages)
             stopped = quality = None
             evaluated = evaluation_due(config, done)
             try:

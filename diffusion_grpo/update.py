@@ -315,7 +315,8 @@ def compile_loss(
                 entropy = gaussian_entropy(std, _size(mb), reduction=config.reduction)
                 count = jnp.float32(mb.advantages.shape[0])
                 loss = loss - shares.total * count * config.entropy_coeff * entropy
-            return loss, (metrics, log_p - mb.trajectory.log_probs[i])
+            change = log_p - mb.trajectory.log_probs[i]
+            return loss, (metrics | {"ratio/drift": jnp.abs(change).max()}, change)
 
         if place is replicated and shards() > 1:
             return of_shards(step_loss, gradient, params, mb, pulls)
@@ -350,7 +351,8 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
         that a uniform draw of K is an unbiased estimate, and `beta` the weight of the KL.
         `on_policy` says that θ sampled the batch, so that its log-probs are those recorded and no
         forward sweep is needed. Metrics: `loss`, `policy_loss`, `ratio/mean|min|max`,
-        `clip_fraction`, `approx_kl`, `entropy`, and `kl` where the loss has one.
+        `clip_fraction`, `approx_kl`, `entropy`, `kl` where the loss has one, and `ratio/drift`
+        where `on_policy`. `check=` is called before each microbatch, and may raise.
     """
     config = loss.config
     summed = config.ratio == "trajectory" or config.kl in ESTIMATORS
@@ -365,6 +367,7 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
         beta: Array,
         *,
         on_policy: bool,
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[Any, dict[str, Array]]:
         count, number = len(batch.advantages), len(plan.steps)
         shares = Shares(jnp.float32(len(plan.active) / number), jnp.float32(1 / number))
@@ -386,8 +389,11 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
             return total, history
 
         starts = range(0, count, config.microbatch)
-        total, history = sum_in_lanes(lanes[on_policy], add, lambda: loss.zeros(params), starts)
+        zeros = partial(loss.zeros, params)
+        total, history = sum_in_lanes(lanes[on_policy], add, zeros, starts, check)
         metrics = reduce_metrics(history, count)
+        if not on_policy:  # the policy has moved, and not the numerics alone
+            del metrics["ratio/drift"]
         metrics["entropy"] = loss.entropy(params, schedule, batch, plan.active)
         metrics["loss"] = metrics["policy_loss"] - config.entropy_coeff * metrics["entropy"]
         if config.kl is not None:

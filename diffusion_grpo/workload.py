@@ -20,7 +20,7 @@ from diffusion_grpo.conditioning import conditioning_shapes, encode_prompts, of_
 from diffusion_grpo.config import Config
 from diffusion_grpo.consistency import images_learned_from
 from diffusion_grpo.flops import count_flops
-from diffusion_grpo.learner import Rollout, image_advantages, penalized
+from diffusion_grpo.learner import Rollout, image_advantages, kl_penalty
 from diffusion_grpo.learning import GRPOLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
 from diffusion_grpo.pipeline import (
@@ -172,8 +172,9 @@ class Workload:
         advantages, history = image_advantages(
             self.config.grpo,
             result.scores,
-            penalized(result.total, self.state, drawn),
+            result.total,
             self.rewards.weights,
+            penalty=kl_penalty(self.state, drawn),
             kept=result.kept,
             group_size=size,
             prompt_index=self.index,

@@ -4,8 +4,8 @@
     r = 0.7 × (share of what was asked that is there) − 0.1 × (objects too many), at least 0
 
 Range: 0 to 1. With `partial_credit=false` the second line is 0. What is asked: each object's shape
-and color, its size, relation and background where the caption names them (see
-`diffusion_grpo.shapes.verify`). The judge reads pixels only: 64×64 pictures, captions of the
+and color (any color of the palette where the caption names none), and size, relation and background
+where it names them (see `diffusion_grpo.shapes.verify`). The judge reads pixels only: 64×64 pictures, captions of the
 embedded world (`prompts/shapes.txt`).
 """
 

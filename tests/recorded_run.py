@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_grpo.config import load_config, to_yaml
+from diffusion_grpo.events import record_event
 from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.metrics import MetricsLog
 from diffusion_grpo.shapes.captions import captions
@@ -75,6 +76,8 @@ def record_run(
         )
         return measured
 
+    for done, text in ((0, "begun"), (0, HOSTILE), (2, "ended by Preempted"), (2, "resumed")):
+        record_event(directory, done, text)
     evaluation(0)
     with MetricsLog(directory) as log:
         for iteration in range(iterations):
@@ -96,6 +99,7 @@ def record_run(
             row = {
                 "reward/mean": rewards.mean(),
                 "reward/std": rewards.std(),
+                "reward/group_std": 0.8 * rewards.std(),
                 "reward/clip/mean": rewards.mean(),
                 "kl": 2e-3 * progress**2,
                 "approx_kl": 1e-4 * rng.random(),

@@ -47,7 +47,7 @@ def brightness(images, prompts, metadata):
     calls.append(len(images))
     if MOMENT == "score":
         raise RuntimeError("the reward's disk is gone")
-    if MOMENT == "preempted" and len(calls) == 2:  # the first is the evaluation's
+    if MOMENT == "preempted" and len(calls) == 3:  # the first is the evaluation's
         os.kill(os.getpid(), signal.SIGTERM)
     return images.reshape(len(images), -1).mean(axis=1) / 255.0
 """
@@ -93,7 +93,7 @@ def run(arguments, processes=2, devices=1, moments=()):
 
 @pytest.fixture(scope="module")
 def preempted(checkpoint, tmp_path_factory):
-    """A run of two processes, one of which SIGTERM stopped in the first iteration."""
+    """A run of two processes, one of which SIGTERM stopped in the second iteration."""
     folder = tmp_path_factory.mktemp("two")
     ends = run(words(checkpoint, folder), moments={1: "preempted"})
     for code, said in ends:

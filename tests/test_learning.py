@@ -18,9 +18,10 @@ from diffusion_grpo.conditioning import encode_prompts
 from diffusion_grpo.config import GRPOOptions, load_config
 from diffusion_grpo.consistency import images_sharing_a_prompt
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.learner import LearnerState, Rollout, image_advantages, penalized
+from diffusion_grpo.learner import LearnerState, Rollout, image_advantages, kl_penalty
 from diffusion_grpo.learning import make_learner
 from diffusion_grpo.metrics import read_metrics
+from diffusion_grpo.nft import draw_timesteps
 from diffusion_grpo.optim import TrainState
 from diffusion_grpo.pipeline import make_policy
 from diffusion_grpo.pretrained import StableDiffusion
@@ -193,9 +194,10 @@ def test_a_group_learns_as_if_each_image_had_a_prompt_of_its_own(words, checkpoi
         drawn = jax.device_get((rollout.final, rollout.kl))
         _, metrics = learner.learn(state, rollout, advantages, 0, keys["loss"])
         assert "grad_norm" in metrics[-1]
-        # where ρ is 1 nothing can be clipped: of several updates the first has no such number
+        # where ρ is 1 nothing is measured of it: of several updates the first has no such number
         several = config.grpo.algorithm == "grpo" and len(metrics) > 1
-        assert not several or ["clip_fraction" in each for each in metrics] == [False, True]
+        for name in ("clip_fraction", "approx_kl", "ratio/mean"):
+            assert not several or [name in each for each in metrics] == [False, True]
         return drawn, jax.device_get(metrics)
 
     shared = []
@@ -208,6 +210,42 @@ def test_a_group_learns_as_if_each_image_had_a_prompt_of_its_own(words, checkpoi
     assert shared == [2]
     for ours, expected in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timesteps_and_their_noise_are_drawn_by_keys_without_a_common_child(
+    checkpoint, tmp_path, monkeypatch
+):
+    """`split(key)[1]` is `fold_in(key, 1)`: of one key, the one would tell of the other."""
+    model = StableDiffusion.from_pretrained(checkpoint)
+    config = config_for(checkpoint, tmp_path, "--grpo.algorithm nft --nft.timesteps 2")
+    learner = make_learner(
+        config, make_policy(model, guidance_scale=1.0), model.scheduler_config, (8, 8, 4)
+    )
+    used = []
+
+    def drawn(keys, *arguments):
+        used.append(keys)
+        return draw_timesteps(keys, *arguments)
+
+    def update(train, old, reference, frozen, batch, beta):
+        used.append(batch.keys)
+        return train, {"loss": jnp.float32(0)}
+
+    monkeypatch.setattr(learning, "draw_timesteps", drawn)
+    monkeypatch.setattr(learner, "_update", update)
+    state, keys = learner.init(3), image_keys(0, 0, np.zeros(8, int), np.arange(8), "loss")
+    conditioning = encode_prompts(model, ["a red circle"] * 8)
+    rollout = learner.sample(state, 0, jnp.zeros((8, 8, 8, 4)), keys, conditioning)
+    learner.learn(state, rollout, jnp.ones(8), 0, keys)
+    of_timesteps, of_noise = (
+        {
+            tuple(np.asarray(jax.random.key_data(child)).tolist())
+            for key in parents
+            for child in (key, *(jax.random.fold_in(key, j) for j in range(3)))
+        }
+        for parents in used[:2]
+    )
+    assert len(of_timesteps) == len(of_noise) == 32 and not of_timesteps & of_noise
 
 
 def test_histories_have_the_names_that_rewards_have_in_the_metrics(checkpoint, tmp_path):
@@ -241,7 +279,7 @@ SCORES = {
 }
 
 
-def advantages(options, total=None, history=None):
+def advantages(options, total=None, history=None, penalty=None):
     total = 2 * SCORES["a"] - SCORES["b"] if total is None else total
     return image_advantages(
         options,
@@ -252,6 +290,7 @@ def advantages(options, total=None, history=None):
         group_size=4,
         prompt_index=np.repeat([1, 0], 4),
         history=history or {},
+        penalty=penalty,
     )
 
 
@@ -281,8 +320,22 @@ def test_running_advantages_keep_a_history_of_each_reward():
 
 def test_the_kl_is_subtracted_from_the_reward_where_it_is_in_it():
     state = LearnerState(TrainState(None, None), None, jnp.float32(0.5), {})
-    total = np.array([1.0, 2.0], np.float32)
     rollout: Rollout = Rollout(None, None, None)
-    assert penalized(total, state, rollout) is total
-    with_kl = rollout._replace(kl=jnp.asarray([0.2, 4.0]))
-    np.testing.assert_allclose(penalized(total, state, with_kl), [0.9, 0.0], rtol=1e-6)
+    assert kl_penalty(state, rollout) is None
+    kl = np.array([0.2, 4.0, 0.0, 1.0, 0.3, 0.1, 2.0, 0.0], np.float32)
+    penalty = kl_penalty(state, rollout._replace(kl=jnp.asarray(kl)))
+    np.testing.assert_allclose(penalty, 0.5 * kl, rtol=1e-6)
+    total = np.array([3.0, 1.0, 2.0, 5.0, 4.0, 1.0, 0.0, 2.0], np.float32)
+    groups = (total - 0.5 * kl).reshape(2, 4)
+    expected = (groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)
+    ours, _ = advantages(GRPOOptions(), total, penalty=penalty)
+    np.testing.assert_allclose(ours, expected.reshape(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["group", "group_mean", "group_global_std", "leave_one_out"])
+def test_a_group_of_equal_rewards_teaches_nothing_though_its_kl_differs(kind):
+    """Divided by the group's std, rounding or a tiny β KL would push as hard as a reward."""
+    total = np.array([22.13] * 4 + [1.0, 2.0, 3.0, 4.0], np.float32)
+    penalty = np.array([5e-7, 7e-7, 9e-7, 1.2e-6] * 2, np.float32)
+    ours, _ = advantages(GRPOOptions(advantage=kind), total, penalty=penalty)
+    assert (np.asarray(ours[:4]) == 0).all() and (np.asarray(ours[4:]) != 0).all()

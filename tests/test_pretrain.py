@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -18,8 +20,12 @@ from diffusion_grpo.pretrained import StableDiffusion, load_clip, load_tokenizer
 from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.resources import resource_path
 from diffusion_grpo.shapes import pretrain
+from diffusion_grpo.shapes.captions import split_of
+from diffusion_grpo.shapes.fit import FitConfig, fit
+from diffusion_grpo.shapes.measure import main as measure_main
 from diffusion_grpo.shapes.measure import true_scenes
 from diffusion_grpo.shapes.training_batches import (
+    ClipBatches,
     UNetBatches,
     draw_timesteps,
     names_a_plain_pair,
@@ -94,14 +100,95 @@ def test_true_scenes_are_what_their_captions_say_and_differ() -> None:
         true_scenes(["a dog"], 1, seed=0, rounds=1)
 
 
-def test_shares_that_exceed_a_batch_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "unet --unet-place-share 0.8 --unet-pair-share 0.3",
+            "0.8 and --unet-pair-share 0.3 are shares of one batch",
+        ),
+        ("unet --unet-pair-share -0.5", "--unet-pair-share is -0.5; expected a share"),
+        ("unet --unet-early-share 2", "--unet-early-share is 2; expected a share"),
+        ("unet --unet-scenes 1000", "--unet-scenes is 1000; expected a multiple of 256"),
+        ("clip --clip-steps 0", "--clip-steps is 0; expected 1 or more"),
+        ("clip --workers -9", "--workers is -9; expected 0 or more"),
+        ("clip unet", "the stage unet needs .*vae, which is not there; run the stage vae"),
+        ("vae unet", "needs .*shapes-clip, which is not there; run the stage clip first"),
+        ("install", "has neither shapes-clip nor shapes-diffusion"),
+        ("clap", "unknown stage 'clap'"),
+    ],
+)
+def test_what_no_stage_can_use_is_refused_before_one_is_run(
+    words: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    shares = ["--unet-place-share", "0.8", "--unet-pair-share", "0.3"]
-    monkeypatch.setattr(sys, "argv", ["pretrain", "unet", "--build", str(tmp_path), *shares])
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *words.split(), "--build", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
         pretrain.main()
-    assert "0.8 and --unet-pair-share 0.3 are shares of one batch" in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["--num-prompts 0", "--grid missing/grid.png", "--model shapes"])
+def test_measure_refuses_what_it_cannot_use(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        measure_main(words.split())
+    assert words.split()[1] in capsys.readouterr().err
+
+
+def test_no_caption_of_clip_s_training_is_held_out() -> None:
+    """Nor a false one: what is always false there would be scored as false ever after."""
+    tokenizer = load_tokenizer(resource_path("assets", "shapes-clip"))
+    batch = ClipBatches(tokenizer, 0, 64, 3)(3)
+    for name in ("true_ids", "false_ids"):
+        ids = batch[name].reshape(-1, batch[name].shape[-1])
+        texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+        assert {split_of(text) for text in texts} == {"train"}
+
+
+def _line(directory: Path, batch_fn: Any = None, seed: int = 0, **changed: Any) -> Any:
+    """Fit a line to a parabola, one point a step."""
+    with jax.numpy_dtype_promotion("standard"):  # as in the command; Optax needs it
+        return fit(
+            {"w": jnp.zeros(2)},
+            lambda p, x, key: (jnp.square(p["w"][0] + p["w"][1] * x - x**2).mean(), {}),
+            batch_fn or (lambda step: np.float32(np.sin(step))),
+            config=FitConfig(**{"steps": 12, "learning_rate": 0.1, "ema": 0.9} | changed),
+            directory=directory / "line",
+            key=jax.random.key(seed),
+            name="line",
+            inputs={"batch": 1},
+        )
+
+
+def test_a_stage_that_was_interrupted_loses_no_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(step: int) -> np.float32:
+        if step == 7:
+            raise KeyboardInterrupt
+        return np.float32(np.sin(step))
+
+    whole = _line(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _line(tmp_path / "broken", interrupted)
+    resumed = _line(tmp_path / "broken")
+    assert "line: resumed at step 7" in capsys.readouterr().out
+    np.testing.assert_array_equal(resumed["w"], whole["w"])
+
+
+def test_a_stage_of_another_start_seed_or_length_is_not_resumed(tmp_path: Path) -> None:
+    _line(tmp_path)
+    _line(tmp_path, log_every=3)  # the same
+    for changed, name in (({"seed": 1}, "seed"), ({"steps": 24}, "steps")):
+        with pytest.raises(UsageError, match=f"line was begun with {name} .*another --build"):
+            _line(tmp_path, **changed)
+    (tmp_path / "line.json").unlink()
+    with pytest.raises(UsageError, match="begun with steps unknown"):
+        _line(tmp_path)
 
 
 def _pretrain(build: Path, *args: str) -> str:
@@ -119,8 +206,7 @@ def test_all_stages_from_nothing(tmp_path: Path) -> None:
     _pretrain(tmp_path, *clip)
     _pretrain(tmp_path, *vae)
     assert "step 2/2" in _pretrain(tmp_path, *unet, "2")
-    again = _pretrain(tmp_path, *unet, "3")
-    assert re.search(r"unet: resumed at step 2\n.*step 3/3", again)
+    assert "unet: resumed at step 2\n" in _pretrain(tmp_path, *unet, "2")
     load_clip(tmp_path / "shapes-clip")
     model = StableDiffusion.from_pretrained(str(tmp_path / "shapes-diffusion"))
     embedded = StableDiffusion.from_pretrained("shapes-diffusion")

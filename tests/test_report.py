@@ -292,9 +292,41 @@ def test_a_hacked_reward_is_told(tmp_path):
     index.write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
     found = run_warnings(directory, read_metrics(directory), {"shapes": 1.0})
     assert "gold reward shapes fell from 0.9 to 0.2 while" in found[0]
-    assert "diversity of a prompt's images fell from 0.3 to 0.1" in found[1]
+    assert "diversity of a held-out prompt's images fell from 0.3 to 0.1" in found[1]
     # of a reward with a weight below 0, less is better: nothing got worse
     assert not any("gold" in text for text in run_warnings(directory, [], {"shapes": -1.0}))
+
+
+def test_pictures_that_change_without_a_gold_reward_are_told(tmp_path):
+    directory = record_run(tmp_path / "run", iterations=3, heldout=4)
+    index = directory / "gallery" / "evaluations.jsonl"
+    first = json.loads(index.read_text().splitlines()[0])
+    measured = first["summary"]["metrics"] = {"saturation": 0.5, "sharpness": 20.0}
+    last = first | {"iteration": 3, "sheet": "evaluation_00003.webp"}
+    last["scores"] = first["scores"] | {"total": [0.95] * 4}
+    last["summary"] = {"metrics": measured | {"saturation": 0.7, "sharpness": 25.0}}
+    index.write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
+    (told,) = run_warnings(directory, [], {})
+    assert "the saturation of the held-out pictures went from 0.5 to 0.7 while" in told
+    assert run_warnings(directory, [], {"shapes": 1.0}) == []  # that one says whether it is good
+
+
+def test_a_group_that_becomes_one_picture_is_told_without_evaluations_of_several_images(tmp_path):
+    directory = record_run(tmp_path / "run", iterations=3, heldout=4)
+    rows = [{"iteration": i, "diversity": 0.3 if i < 15 else 0.1} for i in range(30)]
+    (told,) = run_warnings(directory, rows, {"shapes": 1.0})
+    assert "the diversity of a prompt's images fell from 0.3 to 0.1" in told
+    assert run_warnings(directory, rows[:19], {"shapes": 1.0}) == []  # too few to say
+
+
+def test_events_say_when_a_run_was_stopped_and_resumed(opened, run_dir):
+    page = opened()
+    page.click("#events summary")
+    rows = page.locator("#events-list tr")
+    assert rows.count() == 4
+    assert "UTC" in rows.nth(0).inner_text() and "begun" in rows.nth(0).inner_text()
+    assert HOSTILE in rows.nth(1).inner_text()
+    assert rows.nth(3).locator("td.number").inner_text() == "2"
 
 
 def test_a_long_run_loses_no_evaluation_no_warning_and_no_time(tmp_path):
@@ -328,4 +360,4 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 def test_metric_table_is_read_from_the_documentation():
     meanings = metric_meanings()
     assert meanings["reward/<name>/std"] == meanings["reward/<name>/mean"]
-    assert meanings["kl"].endswith("(nats*)") and "eval/diversity" in meanings
+    assert meanings["kl"].endswith("(nats*)") and "diversity" in meanings

@@ -9,7 +9,7 @@ from PIL import Image
 from diffusion_grpo.config import Config, EvalConfig, PromptsConfig
 from diffusion_grpo.evaluate import Evaluation, describe_list
 from diffusion_grpo.grids import before_after_grid
-from diffusion_grpo.results import describe, save_results, update_metrics
+from diffusion_grpo.results import describe, group_metrics, save_results, update_metrics
 
 
 def evaluation(shift=0.0, names=("clip",), trained_on=1):
@@ -70,6 +70,14 @@ def test_the_total_is_told_only_where_it_sums_several_rewards(saved, names, trai
     assert rewards[reported[0]]["before"] == 1.0
     assert ("total" in describe(before, "before")) == ("total" in reported)
     assert "clip 1.0000" in describe(before, "before")
+
+
+def test_a_group_teaches_nothing_where_all_its_advantages_are_zero():
+    total = np.array([1.0, 3.0, 5.0, 5.0, 9.0, 9.0], np.float32)
+    advantages = np.array([-1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    kept = np.array([True] * 4 + [False] * 2)
+    found = group_metrics(total, advantages, kept, 2)
+    assert found == {"reward/group_std": 0.5, "advantage/zero_groups": 0.5}
 
 
 def test_an_iteration_s_metrics_are_means_over_the_updates_that_have_them():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,28 @@ def test_past_the_limit_of_dropped_groups_the_run_stops_and_is_saved(
     assert re.search(r"1 of 2 groups were dropped, more than .*max_dropped = 0\.25", told)
     assert [row["iteration"] for row in read_metrics(tmp_path / "run")] == [0]
     assert saved(tmp_path / "run") == ["1"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_ended_at_its_early_stop_is_finished_and_trains_no_more(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, sign in (("rising", ""), ("falling", "-")):
+        (tmp_path / f"{name}.py").write_text(
+            "import numpy as np\n\ncalls = []\n\n\n"
+            f"def {name}(images, prompts, metadata):\n    calls.append(1)\n"
+            f"    return np.full(len(images), {sign}float(len(calls)))\n"
+        )
+    run = tmp_path / "run"
+    words = ["--reward", "rising.py", "--eval.gold", "falling.py", "--eval.patience", "1"]
+    assert train(run, *words, "--eval.every", "1") == 0
+    assert [row["iteration"] for row in read_metrics(run)] == [0]
+    shutil.rmtree(run / "final")
+    (run / "evaluation.json").unlink()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert [row["iteration"] for row in read_metrics(run)] == [0]
+    assert (run / "final" / "model_index.json").is_file()
 
 
 def test_a_reward_of_a_group_needs_groups_in_evaluation_too(tmp_path, monkeypatch, capsys) -> None:

@@ -90,6 +90,8 @@ def test_monitors_are_those_of_scipy_and_pillow():
     hsv = np.asarray(Image.fromarray(images[0]).convert("HSV"))[..., 1]
     np.testing.assert_allclose(measured["saturation"][0], hsv.mean() / 255, atol=3e-3)
     assert measured["saturation"][1] == 0
+    gray = np.asarray(Image.fromarray(images[0]).convert("L"))  # rounded
+    np.testing.assert_allclose(measured["brightness"], [gray.mean(), 255], atol=0.5)
     buffer = io.BytesIO()
     Image.fromarray(images[0]).save(buffer, "JPEG", quality=95)
     assert measured["jpeg_kilobytes"][0] == len(buffer.getvalue()) / 1000

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.grpo import guarded_log_ratio
 from diffusion_grpo.schedule import (
     SchedulerConfig,
     alphas_cumprod,
@@ -174,6 +175,28 @@ def test_the_clip_scale_is_how_much_wider_log_ratios_spread(weights, reduction):
         np.testing.assert_allclose(
             scale, np.sqrt(16384 / 100 * 10) * (100 if reduction == "sum" else 1), rtol=1e-5
         )
+
+
+def test_the_clip_scale_of_grpo_guard_is_how_much_wider_its_exponents_spread():
+    """By simulation, as above; the exponents of all steps together against one step's log-ratio."""
+    steps, change, n = schedule(), 0.003, 4000
+    rng = np.random.default_rng(1)
+    moves = change * np.asarray(step_sensitivity(steps), np.float64)
+    active = np.flatnonzero(np.asarray(steps.std))
+    spreads = []
+    for i in active:
+        z = rng.normal(size=(n, 100))
+        log_ratio = (norm.logpdf(z, moves[i], 1) - norm.logpdf(z)).mean(axis=1)
+        guarded = guarded_log_ratio(
+            jnp.asarray(log_ratio), jnp.asarray(moves[i] ** 2 / 2), steps.std[i]
+        )
+        spreads.append(np.asarray(guarded).std())
+    nominal = np.sqrt(np.square(moves[active]).mean() / 16384)
+    scale = clip_scale(steps, jnp.ones(len(moves)), jnp.asarray(active), 100, ratio="step",
+                       reduction="mean", guard=True)  # fmt: skip
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(spreads))) / nominal, scale, rtol=0.04)
+    ours = plan(steps, latent_size=100, ratio="step", guard=True, clip_high=1e-6)
+    np.testing.assert_allclose(ours.clip_high, 1e-6 * scale, rtol=1e-3)
 
 
 def test_dual_clip_is_scaled_like_the_range_and_stays_above_one():

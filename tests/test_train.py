@@ -26,6 +26,7 @@ from torch_checkpoints import TWO_LEVELS, write_pipeline
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.events import read_events
 from diffusion_grpo.metrics import read_metrics
 from diffusion_grpo.pipeline import generate
 from diffusion_grpo.pretrained import StableDiffusion
@@ -170,29 +171,67 @@ def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(checkpoint):
     assert np.abs(together[0].astype(int) - together[1].astype(int)).max() > 10
 
 
-def test_resumed_run_ends_as_the_undisturbed_one(flags, finished, monkeypatch):
-    # Ctrl-C within the first of two iterations: it is finished, saved, and not done again. The
-    # second depends on the optimizer's moments, since an iteration has two updates.
-    import diffusion_grpo.train as module
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        # The second iteration is done anew: it was being sampled, or was about to be learned from.
+        pytest.param("train", "decoded_and_scored", 1, marks=pytest.mark.slow),
+        ("train", "image_advantages", 1),
+        # The first one is finished: at its second update the state was no more what it had been.
+        pytest.param("learning", "choose_steps", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_run_ends_as_the_undisturbed_one(
+    module, name, call, flags, finished, monkeypatch, capsys
+):
+    # After one iteration of two, the other depends on the optimizer's moments.
+    import diffusion_grpo.learning
+    import diffusion_grpo.train
+
+    calls = []
 
     def interrupted(*args, **kw):
-        os.kill(os.getpid(), signal.SIGINT)
+        calls.append(1)
+        if len(calls) == call + 1:
+            os.kill(os.getpid(), signal.SIGINT)
         return original(*args, **kw)
 
     directories = finished("lora"), Path(flags["--run.output"])
-    original = module.image_advantages
-    monkeypatch.setattr(module, "image_advantages", interrupted)
+    where = getattr(diffusion_grpo, module)
+    original = getattr(where, name)
+    monkeypatch.setattr(where, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(_config(flags))
     monkeypatch.undo()
+    assert len(calls) == call + 1
     assert [row["iteration"] for row in read_metrics(directories[1])] == [0]
+    assert [event["text"].split(" ")[0] for event in read_events(directories[1])][-1] == "ended"
     assert main(["train", "--resume", str(directories[1])]) == 0
+    texts = [event["text"] for event in read_events(directories[1])]
+    assert texts[0] == "begun" and texts[-1] == "finished" and "resumed after 1 iterations" in texts
     first, second = (load_file(directory / "final" / UNET) for directory in directories)
     assert all((first[name] == second[name]).all() for name in first)
     for a, b in zip(*map(read_metrics, directories), strict=True):
         assert {k: v for k, v in a.items() if "time/" not in k and k != "images_per_second"} == {
             k: v for k, v in b.items() if "time/" not in k and k != "images_per_second"
         }
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_made_longer_ends_as_one_that_was_as_long(flags, finished, capsys):
+    directory = Path(flags["--run.output"])
+    shutil.copytree(finished("lora"), directory)
+    assert main(["train", "--resume", str(directory), "--iterations", "1"]) == 2
+    assert "a run of 2; expected more" in capsys.readouterr().err
+    assert main(["train", "--resume", str(directory), "--seed", "1"]) == 2
+    assert "no other option but --iterations N" in capsys.readouterr().err
+    assert main(["train", "--resume", str(directory), "--iterations", "3"]) == 0
+    assert yaml.safe_load((directory / "config.yaml").read_text())["run"]["iterations"] == 3
+    assert len(read_metrics(directory)) == 3
+    whole = directory.with_name("whole")
+    train(_config(flags | {"--run.output": str(whole)}, run__iterations=3))
+    first, second = (load_file(folder / "final" / UNET) for folder in (directory, whole))
+    assert all((first[name] == second[name]).all() for name in first)
 
 
 FAILING = """

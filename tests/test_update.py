@@ -175,6 +175,12 @@ def test_first_update_needs_no_sweep_and_gives_the_same_gradient(config):
     short, metrics = gradient(PARAMS, config, plan, on_policy=True)
     swept, swept_metrics = gradient(PARAMS, config, plan)
     assert_close(short, swept, 1e-5)
+    assert float(metrics.pop("ratio/drift")) < 1e-6 and "ratio/drift" not in swept_metrics
+    batch = batch_for(config.reduction, config.learned_noise)
+    recorded = batch.trajectory.log_probs.at[1, 2].add(0.25)
+    batch = batch._replace(trajectory=batch.trajectory._replace(log_probs=recorded))
+    drift = gradient(PARAMS, config, plan, batch=batch, on_policy=True)[1]["ratio/drift"]
+    np.testing.assert_allclose(drift, 0.25, rtol=1e-5)
     for name in metrics:
         np.testing.assert_allclose(metrics[name], swept_metrics[name], rtol=1e-5, atol=1e-6)
     if config.ratio_base == "old":

@@ -161,7 +161,7 @@ function chart(place, title, names, height) {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--muted").trim(), grid = style.getPropertyValue("--grid").trim();
   const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid }, font: "11px system-ui, sans-serif" };
-  const node = el("div", { class: "chart" }, el("h3", { title: names.map((n) => data.docs[n] ? `${n}: ${data.docs[n]}` : n).join("\n") }, title));
+  const node = el("div", { class: "chart" }, el("h3", { title: names.map((n) => [n, data.docs[n] || data.docs[n.replace(/^eval\//, "")]]).map(([n, text]) => text ? `${n}: ${text}` : n).join("\n") }, title));
   place.append(node);
   const many = data.runs.length > 1;
   const plot = new uPlot({
@@ -208,11 +208,12 @@ function curves() {
   const alone = data.runs.every((r) => r.single);  // the one reward that is trained on is drawn already
   for (const name of rewards) if (rewards.length > 1 && !(alone && !gold.includes(name) && data.runs.length === 1))
     chart($("charts"), gold.includes(name) ? `${name} (gold)` : name, [`reward/${name}/mean`, `eval/reward/${name}/mean`]);
-  const groups = [["KL", ["kl", "approx_kl", "eval/kl"]], ["Clip fraction", ["clip_fraction"]],
-    ["Ratio", ["ratio/min", "ratio/mean", "ratio/max"]],
-    ["Diversity", ["eval/diversity"]], ["Loss", ["loss", "policy_loss"]], ["Gradient norm", ["grad_norm"]],
-    ["Groups without a signal", ["advantage/zero_groups"]],
-    ["Sharpness", ["eval/sharpness"]], ["Saturation", ["eval/saturation"]], ["JPEG size", ["eval/jpeg_kilobytes"]],
+  const groups = [["KL to the reference", ["kl", "eval/kl"]], ["KL of an update", ["approx_kl"]], ["Clip fraction", ["clip_fraction"]],
+    ["Ratio", ["ratio/min", "ratio/mean", "ratio/max"]], ["Drift of log-probs", ["ratio/drift"]],
+    ["Diversity", ["diversity", "eval/diversity"]], ["Loss", ["loss", "policy_loss"]], ["Gradient norm", ["grad_norm"]],
+    ["Groups without a signal", ["advantage/zero_groups"]], ["Spread within a group", ["reward/group_std"]],
+    ...[["Sharpness", "sharpness"], ["Saturation", "saturation"], ["Brightness", "brightness"], ["JPEG size", "jpeg_kilobytes"]]
+      .map(([title, name]) => [title, [name, `eval/${name}`]]),
     ["Time split (s)", ["time/sample", "time/reward", "time/update", "time/evaluate"]], ["Images per second", ["images_per_second"]]];
   for (const [title, list] of groups) chart($("charts"), title, list);
   if (!names.includes(state.any)) state.any = names[0] || "";
@@ -328,16 +329,23 @@ function groups() {
   }
   $("groups-list").replaceChildren(...nodes);
 }
+function events() {
+  $("events").hidden = data.runs.every((r) => !r.events.length);
+  $("events-list").replaceChildren(...data.runs.filter((r) => r.events.length).map((r) =>
+    el("details", {}, el("summary", {}, data.runs.length > 1 ? `${r.name}: ${r.events.length}` : `${r.events.length} events`),
+      el("table", {}, ...r.events.map((e) => el("tr", {}, el("td", { class: "muted" }, e.time.replace("T", " ").replace("+00:00", " UTC")),
+        el("td", { class: "number" }, String(e.iteration)), el("td", {}, e.text)))))));
+}
 function config() {
   $("config-list").replaceChildren(...data.runs.map((r) =>
     el("details", {}, el("summary", {}, r.name), el("pre", {}, r.config))));
 }
 function navigation() {
-  const names = { summary: "Summary", curves: "Curves", lapse: "Time-lapse", swipe: "Before and after", extremes: "Best and worst", prompts: "Prompts", groups: "Groups", config: "Configuration" };
+  const names = { summary: "Summary", curves: "Curves", lapse: "Time-lapse", swipe: "Before and after", extremes: "Best and worst", prompts: "Prompts", groups: "Groups", events: "Events", config: "Configuration" };
   $("nav").replaceChildren(el("div", {}, ...Object.entries(names).filter(([id]) => !$(id).hidden).map(([id, text]) => el("a", { href: "#" + id }, text))));
 }
 function pictures() { extremes(); lapse(); swipe(); table(); groups(); }
-function everything() { summary(); curves(); pictures(); config(); navigation(); }
+function everything() { summary(); curves(); pictures(); events(); config(); navigation(); }
 
 // ---- controls ------------------------------------------------------------------------------
 function setTheme(name) { document.documentElement.classList.toggle("dark", name === "dark"); }

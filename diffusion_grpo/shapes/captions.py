@@ -79,11 +79,6 @@ class Requirement:
     relation: str | None = None
     background: str | None = None
 
-    @property
-    def total(self) -> int:
-        """Number of objects in the picture."""
-        return self.count if len(self.objects) == 1 else len(self.objects)
-
     def expanded(self) -> tuple[ObjectSpec, ...]:
         """One spec for each object in the picture."""
         return self.objects * self.count if len(self.objects) == 1 else self.objects
@@ -173,10 +168,14 @@ def _parse_object(words: Sequence[str], caption: str) -> tuple[ObjectSpec, int]:
     color = rest.pop(0) if rest and rest[0] in COLORS else None
     nouns = {shape: shape for shape in SHAPES} if count == 1 else _SINGULARS
     if len(rest) != 1 or rest[0] not in nouns:
-        wrong = rest[0] if rest else words[-1]
+        # The first word that is not one of an object at its place.
+        wrong = rest[1] if len(rest) > 1 and rest[0] in nouns else rest[0] if rest else words[-1]
         choices = [*SIZES, *COLORS, *nouns]
+        what, hint = "misplaced", ""
+        if wrong not in choices:
+            what, hint = "unknown", suggest(wrong, choices)
         raise UsageError(
-            f"unknown word {wrong!r} in the caption {caption!r}{suggest(wrong, choices)}; "
+            f"{what} word {wrong!r} in the caption {caption!r}{hint}; "
             f"expected a size ({', '.join(SIZES)}), a color ({', '.join(COLORS)}), "
             f"then a shape ({', '.join(nouns)})"
         )

@@ -102,7 +102,9 @@ def _smooth(images: np.ndarray) -> np.ndarray:
 def _background_color(pixels: np.ndarray) -> np.ndarray:
     """Median color of the pixels that are near the picture's median, float32 `[B, 1, 3]`."""
     # A quarter of the pixels is plenty for a median.
-    sample = pixels.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)[:, ::2, ::2].reshape(len(pixels), -1, 3)
+    sample = pixels.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)[:, ::2, ::2].reshape(
+        len(pixels), IMAGE_SIZE**2 // 4, 3
+    )
     # Objects are darker than the background, so the median is taken a little above the middle.
     first = np.partition(sample, 600, axis=1)[:, 600:601]
     near = np.abs(sample - first).max(axis=2) < 40

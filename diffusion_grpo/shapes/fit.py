@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
+import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from diffusion_grpo.checkpoint import Checkpoints
+from diffusion_grpo.checkpoint import Checkpoints, closed
+from diffusion_grpo.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +65,12 @@ def fit(
     directory: Path,
     key: jax.Array,
     name: str,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Minimize a loss, resuming from the latest checkpoint in `directory`.
+
+    An interrupt (Ctrl-C) saves the steps that are done. What is trained is recorded beside the
+    checkpoints, and only the same is resumed.
 
     Args:
         params: initial parameters, a pytree of float32 arrays.
@@ -73,10 +81,20 @@ def fit(
         directory: where checkpoints are kept.
         key: random key; step i uses `fold_in(key, i)`.
         name: what the progress lines are headed with.
+        inputs: what else the batches and the loss depend on, as JSON holds it; `digest` for arrays.
 
     Returns:
         The trained parameters: their running average if `config.ema` is above zero.
+
+    Raises:
+        UsageError: the checkpoints in `directory` are of another seed, start, configuration or
+            other inputs.
     """
+    settings = dataclasses.asdict(config)
+    for unimportant in ("workers", "save_every", "log_every"):
+        del settings[unimportant]
+    key_digest = digest(jax.random.key_data(key))
+    recorded = settings | {"seed": key_digest, "start": digest(params)} | dict(inputs or {})
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -110,6 +128,7 @@ def fit(
     state = {"params": params, "opt_state": optimizer.init(params), "ema": params}
     checkpoints = Checkpoints(directory)
     start = checkpoints.latest or 0
+    _check_record(directory, recorded, begun=start > 0)
     if start:
         # Orbax knows dicts, lists and arrays; the modules' own containers are put back around the
         # leaves.
@@ -117,22 +136,57 @@ def fit(
         state = jax.tree.unflatten(jax.tree.structure(state), found["leaves"])
         print(f"{name}: resumed at step {start}", flush=True)
     began = time.monotonic()
-    steps = range(start, config.steps)
-    for step, batch in zip(steps, batches(batch_fn, steps, workers=config.workers), strict=True):
-        state, metrics = step_fn(state, batch, jnp.int32(step))
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            seconds = (time.monotonic() - began) / (done - start)
-            values = " ".join(f"{k} {float(v):.4f}" for k, v in sorted(metrics.items()))
-            print(
-                f"{name}: step {done}/{config.steps} {values} "
-                f"{seconds:.3f} s/step, {seconds * (config.steps - done) / 60:.1f} min left",
-                flush=True,
-            )
-        if done % config.save_every == 0 or done == config.steps:
-            checkpoints.save(done, {"leaves": jax.tree.leaves(state)})
-    checkpoints.close()
+    steps, done = range(start, config.steps), start
+    with closed(checkpoints):
+        try:
+            made = batches(batch_fn, steps, workers=config.workers)
+            for step, batch in zip(steps, made, strict=True):
+                state, metrics = step_fn(state, batch, jnp.int32(step))
+                done = step + 1
+                if done % config.log_every == 0 or done == config.steps:
+                    seconds = (time.monotonic() - began) / (done - start)
+                    values = " ".join(f"{k} {float(v):.4f}" for k, v in sorted(metrics.items()))
+                    print(
+                        f"{name}: step {done}/{config.steps} {values} {seconds:.3f} s/step, "
+                        f"{seconds * (config.steps - done) / 60:.1f} min left",
+                        flush=True,
+                    )
+                if done % config.save_every == 0 or done == config.steps:
+                    checkpoints.save(done, {"leaves": jax.tree.leaves(state)})
+        except KeyboardInterrupt:
+            if done > start and done != checkpoints.latest:
+                checkpoints.save(done, {"leaves": jax.tree.leaves(state)})
+            print(f"{name}: stopped after {done} steps; the same command goes on", flush=True)
+            raise
     return state["ema"] if config.ema else state["params"]
+
+
+def digest(tree: Any) -> str:
+    """Return 16 hexadecimal digits that tell a tree of arrays from others: of its SHA-256."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()[:16]
+
+
+def _check_record(directory: Path, recorded: Mapping[str, Any], *, begun: bool) -> None:
+    """Write what is trained beside `directory`, or find it as it was.
+
+    Raises:
+        UsageError: something else was begun there.
+    """
+    path = directory.with_name(f"{directory.name}.json")
+    if begun:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        for name, value in recorded.items():
+            if before.get(name) != value:
+                raise UsageError(
+                    f"{directory} was begun with {name} {before.get(name, 'unknown')}, and now it "
+                    f"is {value}; expected the same command as before, with the same models before "
+                    "it: give another --build, or remove this folder to train it anew"
+                )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(recorded, indent=2) + "\n")
 
 
 def batches(

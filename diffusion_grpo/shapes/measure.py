@@ -23,7 +23,7 @@ import numpy as np
 from diffusion_grpo.clip_embedding import CLIPEmbedder
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.grids import image_grid
-from diffusion_grpo.images import save_image
+from diffusion_grpo.images import check_image_path, save_image
 from diffusion_grpo.pipeline import generate, make_decoder
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.prompts import load_prompts
@@ -111,7 +111,7 @@ def measure_pipeline(
 
 def measure_places(
     model: StableDiffusion, guidance_scale: float, num_steps: int, seed: int, num_images: int = 4
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return what of the held-out prompts that state a place is drawn right, by part."""
     prompts = load_prompts("shapes_heldout")
     indices = [i for i, p in enumerate(prompts) if p.metadata["task"] == "position"]
@@ -122,7 +122,7 @@ def measure_places(
     return {
         "images": len(texts),
         "objects": float(objects.mean()),
-        "place_of_those": float(parts["position"][objects].mean()),
+        "place_of_those": _mean(parts["position"][objects]),
         "right": float(verdict.passed.mean()),
     }
 
@@ -159,7 +159,7 @@ def measure_diversity(
     guidance_scale: float,
     num_steps: int,
     seed: int,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return mean pairwise CLIP distances within held-out prompts (as of `rewards/diversity.py`).
 
     Pictures that are wrong are far from those that are right, so that a model that draws more of
@@ -186,8 +186,8 @@ def measure_diversity(
     return {
         "all": float(drawn.mean()),
         "true": float(true.mean()),
-        "right": float(of_right.mean()),
-        "true_of_those": float(true[some].mean()),
+        "right": _mean(of_right),
+        "true_of_those": _mean(true[some]),
         "prompts_of_those": int(some.sum()),
     }
 
@@ -205,6 +205,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--grid", type=Path, help="write a grid of the last guidance scale's pictures"
     )
     args = parser.parse_args(argv)
+    try:
+        if args.grid:
+            check_image_path(args.grid)
+        if args.num_prompts < 1:
+            raise UsageError(f"--num-prompts is {args.num_prompts}; expected 1 or more")
+        report = measure(args)
+    except UsageError as error:
+        parser.error(str(error))
+    print(json.dumps(report, indent=2))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line asks for; None for what has no mean."""
     model = StableDiffusion.from_pretrained(args.model)
     report: dict[str, Any] = {
         "autoencoder": measure_autoencoder(model, 1024, args.seed),
@@ -228,7 +241,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if args.grid:
             save_image(args.grid, image_grid(images[:48], texts[:48], columns=8))
-    print(json.dumps(report, indent=2))
+    return report
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.clip import CLIPModel, CLIPTextModel
 from diffusion_grpo.models.unet import UNet2DConditionModel
 from diffusion_grpo.models.vae import AutoencoderKL
@@ -36,7 +38,7 @@ from diffusion_grpo.pretrained import (
 from diffusion_grpo.resources import resource_path
 from diffusion_grpo.schedule import SchedulerConfig, add_noise, alphas_cumprod, velocity
 from diffusion_grpo.shapes import networks
-from diffusion_grpo.shapes.fit import FitConfig, batches, fit
+from diffusion_grpo.shapes.fit import FitConfig, batches, digest, fit
 from diffusion_grpo.shapes.render import render
 from diffusion_grpo.shapes.scenes import IMAGE_SIZE, scene_batch
 from diffusion_grpo.shapes.tokenizer import write_tokenizer
@@ -51,6 +53,7 @@ from diffusion_grpo.shapes.training_batches import (
 )
 from diffusion_grpo.tensor_files import read_safetensors
 
+ENCODED = 256  # scenes that are encoded at a time
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 PREPROCESSOR = {
@@ -96,6 +99,7 @@ def train_clip(
         directory=build / "checkpoints" / "clip",
         key=jax.random.key(seed),
         name="clip",
+        inputs={"batch": batch, "negatives": negatives},
     )
     model, _ = nnx.merge(graphdef, params)
     fields = config.to_dict() | {"architectures": ["CLIPModel"], "dtype": "float16"}
@@ -182,7 +186,7 @@ def _diffusers_config(name: str, config: Any) -> dict[str, Any]:
 
 
 def encode_scenes(
-    vae: AutoencoderKL, seed: int, n: int, *, chunk: int = 256, workers: int = 0
+    vae: AutoencoderKL, seed: int, n: int, *, chunk: int = ENCODED, workers: int = 0
 ) -> tuple[np.ndarray, list[str]]:
     """Return the latents' means (unscaled, float16 `[n, h, w, c]`) and captions of `n` scenes."""
     graphdef, params = nnx.split(vae)
@@ -235,10 +239,13 @@ def train_unet(
     unet = UNet2DConditionModel(networks.UNET, rngs=nnx.Rngs(seed))
     graphdef, params = nnx.split(unet)
 
-    cache = build / f"latents-{seed}-{scenes}.npz"
+    of_vae = digest(nnx.state(vae))
+    cache = build / f"latents-{seed}-{scenes}-{of_vae}.npz"
     if not cache.is_file():
         latents, texts = encode_scenes(vae, seed + 5, scenes, workers=workers)
-        np.savez(cache, latents=latents, ids=tokenize(tokenizer, texts))
+        scratch = cache.with_suffix(".tmp.npz")  # a kill in between leaves no half of a file
+        np.savez(scratch, latents=latents, ids=tokenize(tokenizer, texts))
+        os.replace(scratch, cache)
     data = np.load(cache)
     latents, ids = data["latents"], data["ids"]
     schedule = SchedulerConfig.from_dict(networks.SCHEDULER)
@@ -275,6 +282,15 @@ def train_unet(
         directory=build / "checkpoints" / "unet",
         key=jax.random.key(seed),
         name="unet",
+        inputs={
+            "batch": batch,
+            "scenes": scenes,
+            "early_share": early_share,
+            "place_share": place_share,
+            "pair_share": pair_share,
+            "vae": of_vae,
+            "text_encoder": digest(nnx.state(text_encoder)),
+        },
     )
     unet = nnx.merge(graphdef, params)
     StableDiffusion(
@@ -311,10 +327,55 @@ def _model_index() -> dict[str, Any]:
 
 
 def install(build: Path, assets: Path) -> None:
-    """Copy the trained models from the build folder to `assets/`."""
-    for name in ("shapes-clip", "shapes-diffusion"):
-        if (build / name).is_dir():
-            shutil.copytree(build / name, assets / name, dirs_exist_ok=True)
+    """Copy the trained models from the build folder to `assets/`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    built = [name for name in ("shapes-clip", "shapes-diffusion") if (build / name).is_dir()]
+    if not built:
+        raise UsageError(
+            f"{build} has neither shapes-clip nor shapes-diffusion; expected a trained model: run "
+            "the stages clip, vae and unet first"
+        )
+    for name in built:
+        shutil.copytree(build / name, assets / name, dirs_exist_ok=True)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Find what no stage can use, before one is run.
+
+    Raises:
+        UsageError: an argument, or what a stage needs of the one before it.
+    """
+    known = ("clip", "vae", "unet", "install")
+    if unknown := sorted(set(args.stages) - set(known)):
+        raise UsageError(f"unknown stage {unknown[0]!r}; expected {', '.join(known)}")
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name.endswith(("_steps", "_batch")) and value < 1:
+            raise UsageError(f"{flag} is {value}; expected 1 or more")
+        if name.endswith("_share") and not 0 <= value <= 1:
+            raise UsageError(f"{flag} is {value:g}; expected a share, from 0 to 1")
+    if args.unet_place_share + args.unet_pair_share > 1:
+        raise UsageError(
+            f"--unet-place-share {args.unet_place_share:g} and --unet-pair-share "
+            f"{args.unet_pair_share:g} are shares of one batch; expected a sum of 1 at most"
+        )
+    if args.workers < 0:
+        raise UsageError(f"--workers is {args.workers}; expected 0 or more processes")
+    if args.unet_scenes < ENCODED or args.unet_scenes % ENCODED:
+        raise UsageError(
+            f"--unet-scenes is {args.unet_scenes}; expected a multiple of {ENCODED}, which are "
+            "encoded at a time"
+        )
+    if "unet" in args.stages:
+        for stage, folder in (("vae", "vae"), ("clip", "shapes-clip")):
+            if stage not in args.stages and not (args.build / folder / "config.json").is_file():
+                raise UsageError(
+                    f"the stage unet needs {args.build / folder}, which is not there; run the "
+                    f"stage {stage} first"
+                )
 
 
 def main() -> None:
@@ -331,7 +392,8 @@ def main() -> None:
         "--workers",
         type=int,
         default=0,
-        help="processes that draw the scenes; one a core where a GPU trains, 0 where the CPU does",
+        help="processes that draw the scenes of clip and unet; one a core where a GPU trains, 0 "
+        "where the CPU does",
     )
     parser.add_argument("--clip-steps", type=int, default=6000)
     parser.add_argument("--clip-batch", type=int, default=64)
@@ -360,15 +422,16 @@ def main() -> None:
         help="the same of those whose captions name two objects and no color",
     )
     args = parser.parse_args()
-    known = ("clip", "vae", "unet", "install")
-    if unknown := sorted(set(args.stages) - set(known)):
-        parser.error(f"unknown stage {unknown[0]!r}; expected {', '.join(known)}")
-    if args.unet_place_share + args.unet_pair_share > 1:
-        parser.error(
-            f"--unet-place-share {args.unet_place_share:g} and --unet-pair-share "
-            f"{args.unet_pair_share:g} are shares of one batch; expected a sum of 1 at most"
-        )
-    args.build.mkdir(parents=True, exist_ok=True)
+    try:
+        _check_arguments(args)
+        args.build.mkdir(parents=True, exist_ok=True)
+        _run(args)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Run the stages."""
     if "clip" in args.stages:
         train_clip(
             args.build,

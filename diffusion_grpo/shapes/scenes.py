@@ -6,7 +6,7 @@ caption says. `render.py` turns scenes into pixels, `captions.py` into words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -163,7 +163,7 @@ def object_code(shape: np.ndarray, color: np.ndarray, size: np.ndarray) -> np.nd
 
 
 def is_heldout(key: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """Say which combinations are kept out of all training, by a fixed hash (splitmix64).
+    """Say which combinations are held out from training, by a fixed hash (splitmix64).
 
     Args:
         key: From `combination_key`, uint64 `[n]`.
@@ -341,13 +341,3 @@ def scene_batch(
 ) -> Scenes:
     """Draw the batch of a training step, a function of `(seed, step)` alone (for resuming)."""
     return sample_scenes(np.random.default_rng([seed, step]), n, split=split, tasks=tasks)
-
-
-def scene_batches(
-    seed: int, batch_size: int, split: Split = "train", *, start: int = 0
-) -> Iterator[Scenes]:
-    """Yield `scene_batch(seed, step, batch_size)` for step = start, start + 1, … without end."""
-    step = start
-    while True:
-        yield scene_batch(seed, step, batch_size, split=split)
-        step += 1

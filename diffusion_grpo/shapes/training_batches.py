@@ -18,7 +18,7 @@ from diffusion_grpo.shapes.captions import captions, hard_negatives
 from diffusion_grpo.shapes.render import render
 from diffusion_grpo.shapes.scenes import COLORS, RELATIONS, scene_batch
 
-VOCABULARY_SEED = 7919  # keeps the scenes of one stage apart from another's at the same seed
+VOCABULARY_SEED = 7919  # keeps the draws of captions apart from those of scenes
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> np.ndarray:
@@ -40,7 +40,9 @@ class ClipBatches:
         """Draw the scenes of a step and make its batch."""
         scenes = scene_batch(self.seed, step, self.batch)
         rng = np.random.default_rng([self.seed, step, VOCABULARY_SEED])
-        false = [c for row in hard_negatives(scenes, rng, self.negatives) for c in row]
+        false = [
+            c for row in hard_negatives(scenes, rng, self.negatives, split="train") for c in row
+        ]
         false_ids = tokenize(self.tokenizer, false)
         return {
             "images": render(scenes),

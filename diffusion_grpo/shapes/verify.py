@@ -1,6 +1,9 @@
 """The gold judge of the embedded world: does a picture show exactly what its caption says?
 
 From the pixels alone, with fixed rules; each part of a caption is judged, as GenEval reports them.
+
+What it does not see, though the world has no such picture: an object too many that is fainter than
+about a third of its color, or white, or drawn within another one (a sixteenth of such pairs).
 """
 
 from __future__ import annotations
@@ -140,9 +143,10 @@ def _judge_one(
 def verify(images: np.ndarray, captions: Sequence[str | Requirement]) -> Verdict:
     """Judge pictures by their captions.
 
-    Partial credit is 0.7 × the share of what was asked that is there (each object's shape and
-    color, its size, the relation, the background, where they are named), less 0.1 for each object
-    too many.
+    Partial credit is 0.7 × the share of what was asked that is there, less 0.1 for each object too
+    many. Asked are each object's shape and color (any of the palette where none is named, so that
+    an object of another shape has that half), and its size, the relation and the background where
+    they are named.
 
     Args:
         images: uint8 `[B, 64, 64, 3]`.
