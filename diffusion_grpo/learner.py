@@ -99,10 +99,8 @@ def image_advantages(
     """
     (rows,) = np.nonzero(kept)
     total = jnp.asarray(total)[rows]
-    rewards, factors = (
-        {"total": total if penalty is None else total - penalty[rows]},
-        {"total": 1.0},
-    )
+    rewards = {"total": total if penalty is None else total - penalty[rows]}
+    factors = {"total": 1.0}
     if options.combine == "advantages":
         rewards = {name: jnp.asarray(score[rows]) for name, score in scores.items()}
         factors = dict(zip(scores, weights, strict=True))

@@ -160,7 +160,7 @@ def _line(directory: Path, batch_fn: Any = None, seed: int = 0, **changed: Any) 
             directory=directory / "line",
             key=jax.random.key(seed),
             name="line",
-            inputs={"batch": 1},
+            inputs={"seed": seed},
         )
 
 
@@ -187,7 +187,7 @@ def test_a_stage_of_another_start_seed_or_length_is_not_resumed(tmp_path: Path) 
         with pytest.raises(UsageError, match=f"line was begun with {name} .*another --build"):
             _line(tmp_path, **changed)
     (tmp_path / "line.json").unlink()
-    with pytest.raises(UsageError, match="begun with steps unknown"):
+    with pytest.raises(UsageError, match="begun with seed unknown"):
         _line(tmp_path)
 
 

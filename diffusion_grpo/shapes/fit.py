@@ -87,14 +87,14 @@ def fit(
         The trained parameters: their running average if `config.ema` is above zero.
 
     Raises:
-        UsageError: the checkpoints in `directory` are of another seed, start, configuration or
-            other inputs.
+        UsageError: the checkpoints in `directory` are of other inputs, or of another configuration,
+            key or start.
     """
     settings = dataclasses.asdict(config)
     for unimportant in ("workers", "save_every", "log_every"):
         del settings[unimportant]
-    key_digest = digest(jax.random.key_data(key))
-    recorded = settings | {"seed": key_digest, "start": digest(params)} | dict(inputs or {})
+    arrays = {"key": digest(jax.random.key_data(key)), "start": digest(params)}
+    recorded = dict(inputs or {}) | settings | arrays
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -136,12 +136,13 @@ def fit(
         state = jax.tree.unflatten(jax.tree.structure(state), found["leaves"])
         print(f"{name}: resumed at step {start}", flush=True)
     began = time.monotonic()
-    steps, done = range(start, config.steps), start
+    steps, reached = range(start, config.steps), (start, state)
     with closed(checkpoints):
         try:
             made = batches(batch_fn, steps, workers=config.workers)
             for step, batch in zip(steps, made, strict=True):
-                state, metrics = step_fn(state, batch, jnp.int32(step))
+                state, metrics = step_fn(reached[1], batch, jnp.int32(step))
+                reached = (step + 1, state)  # at once: an interrupt may come between any two lines
                 done = step + 1
                 if done % config.log_every == 0 or done == config.steps:
                     seconds = (time.monotonic() - began) / (done - start)
@@ -154,6 +155,7 @@ def fit(
                 if done % config.save_every == 0 or done == config.steps:
                     checkpoints.save(done, {"leaves": jax.tree.leaves(state)})
         except KeyboardInterrupt:
+            done, state = reached
             if done > start and done != checkpoints.latest:
                 checkpoints.save(done, {"leaves": jax.tree.leaves(state)})
             print(f"{name}: stopped after {done} steps; the same command goes on", flush=True)

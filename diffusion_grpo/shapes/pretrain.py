@@ -99,7 +99,7 @@ def train_clip(
         directory=build / "checkpoints" / "clip",
         key=jax.random.key(seed),
         name="clip",
-        inputs={"batch": batch, "negatives": negatives},
+        inputs={"seed": seed, "batch": batch, "negatives": negatives},
     )
     model, _ = nnx.merge(graphdef, params)
     fields = config.to_dict() | {"architectures": ["CLIPModel"], "dtype": "float16"}
@@ -143,6 +143,7 @@ def train_vae(build: Path, seed: int, crop_steps: int, steps: int, decoder_steps
         directory=checkpoints / "vae-crops",
         key=key,
         name="vae (crops)",
+        inputs={"seed": seed},
     )
     params = fit(
         params,
@@ -152,6 +153,7 @@ def train_vae(build: Path, seed: int, crop_steps: int, steps: int, decoder_steps
         directory=checkpoints / "vae",
         key=jax.random.fold_in(key, 1),
         name="vae",
+        inputs={"seed": seed},
     )
     decoding, encoding = nnx.split_state(params, _is_decoder, ...)
     params = nnx.merge_state(
@@ -164,6 +166,7 @@ def train_vae(build: Path, seed: int, crop_steps: int, steps: int, decoder_steps
             directory=checkpoints / "vae-decoder",
             key=jax.random.fold_in(key, 2),
             name="vae (decoder)",
+            inputs={"seed": seed},
         ),
     )
     vae = nnx.merge(graphdef, params)
@@ -283,6 +286,7 @@ def train_unet(
         key=jax.random.key(seed),
         name="unet",
         inputs={
+            "seed": seed,
             "batch": batch,
             "scenes": scenes,
             "early_share": early_share,
