@@ -57,8 +57,9 @@ def model_card(
         "num_inference_steps": str(sampling.num_steps),
         **({"clip_skip": str(sampling.clip_skip)} if sampling.clip_skip else {}),
     }
-    if negative := config["rollout"].get("negative_prompt"):
-        settings["negative_prompt"] = repr(negative)
+    for name in ("negative_prompt", "height", "width"):
+        if value := config["rollout"].get(name):
+            settings[name] = repr(value)
     algorithm = {"grpo": "GRPO", "nft": "DiffusionNFT"}[config["grpo"]["algorithm"]]
     rewards = ", ".join(f"`{reward}`" for reward in config["reward"]["rewards"])
     trained = {"lora": "a LoRA adapter of its UNet", "full": "its UNet in full"}

@@ -155,7 +155,12 @@ def export(
         for part in parts.values():
             merge_lora(part, dtype=jnp.float32)
         sampling = SamplingDefaults(
-            config.rollout.guidance_scale, config.eval.num_steps, config.model.clip_skip
+            config.rollout.guidance_scale,
+            config.eval.num_steps,
+            config.model.clip_skip,
+            config.rollout.negative_prompt,
+            config.rollout.height,
+            config.rollout.width,
         )
         dataclasses.replace(model, sampling=sampling, **parts).save_pretrained(directory)
         card = model_card(run or directory.parent, "diffusers", sampling)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.fields import Section, update_section
@@ -33,12 +33,27 @@ class SamplingDefaults(Section):
     """T, denoising steps of deterministic DDIM."""
     clip_skip: int = 0
     """Layers of the text encoders to skip for the prompts, as Diffusers counts them."""
+    negative_prompt: str = ""
+    """Text of the unconditional half of the guidance."""
+    height: int | None = None
+    """In pixels; None is the checkpoint's."""
+    width: int | None = None
+    """In pixels; None is the checkpoint's."""
 
     def __post_init__(self) -> None:
         """Reject values that nothing can be sampled with."""
         super().__post_init__()
         self.require_non_negative("guidance_scale", "clip_skip")
         self.require_positive("num_steps")
+        for name in ("height", "width"):
+            self.require(
+                (getattr(self, name) or 1) > 0, name, "a positive number of pixels, or None"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that say something: arguments of `pipeline.generate`."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
 def check_sampler(sampler: str, eta: float) -> None:
@@ -54,7 +69,7 @@ def check_sampler(sampler: str, eta: float) -> None:
 
 def write_sampling(directory: Path, sampling: SamplingDefaults) -> None:
     """Write the file into a checkpoint's directory: `{"sampling": {field: value}}`."""
-    text = json.dumps({"sampling": dataclasses.asdict(sampling)}, indent=2)
+    text = json.dumps({"sampling": sampling.settings()}, indent=2)
     (directory / FILE).write_text(text + "\n")
 
 

@@ -208,6 +208,7 @@ def test_the_embedded_checkpoint_says_how_to_sample_it():
         ('{"sampling": {"guidance": 1}}', "did you mean 'guidance_scale'"),
         ('{"sampling": {"num_steps": 0}}', "sampling.num_steps is 0; expected 1 or more"),
         ('{"sampling": {"guidance_scale": -1}}', "expected 0 or more"),
+        ('{"sampling": {"height": -8}}', "sampling.height is -8; expected a positive number"),
     ],
 )
 def test_damaged_sampling_defaults_are_refused(tmp_path, text, message):

@@ -56,6 +56,7 @@ def _flags(checkpoint, folder):
         "--rollout.images-per-prompt": "2",
         "--rollout.num-steps": "3",
         "--rollout.microbatch": "4",
+        "--rollout.negative-prompt": "a blurry picture",
         "--grpo.microbatch": "2",
         "--grpo.beta": "0.1",
         "--eval.num-prompts": "2",
@@ -125,7 +126,8 @@ def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
 
     # the exported pipeline: Diffusers loads it, and it is the same network but for what was trained
     StableDiffusionPipeline.from_pretrained(directory / "final")
-    assert read_sampling(directory / "final") == SamplingDefaults(guidance_scale=5.0, num_steps=2)
+    own = SamplingDefaults(5.0, 2, negative_prompt="a blurry picture")
+    assert read_sampling(directory / "final") == own
     before, after = load_file(checkpoint / UNET), load_file(directory / "final" / UNET)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert before.keys() == after.keys()
@@ -367,7 +369,8 @@ def test_sample_writes_a_grid_with_its_settings(checkpoint, tmp_path):
 def test_a_checkpoint_is_sampled_as_it_says_unless_asked_otherwise(checkpoint, tmp_path, capsys):
     assert SamplingDefaults() == SamplingDefaults(guidance_scale=5.0, num_steps=50)
     own = shutil.copytree(checkpoint, tmp_path / "own")
-    write_sampling(own, SamplingDefaults(guidance_scale=1.5, num_steps=2))
+    size = {"height": 64, "width": 96}
+    write_sampling(own, SamplingDefaults(1.5, 2, negative_prompt="blue", **size))
     path = tmp_path / "grid.png"
     words = ["--model", str(own), "--prompt", "a star", "--num-images", "1", "--output", str(path)]
     for extra, steps, scale in (([], "2", "1.5"), (["--guidance-scale", "3"], "2", "3.0")):
@@ -375,6 +378,11 @@ def test_a_checkpoint_is_sampled_as_it_says_unless_asked_otherwise(checkpoint, t
         image = Image.open(path)
         assert (image.text["num_steps"], image.text["guidance_scale"]) == (steps, scale)
         assert f"guidance scale {float(scale):g}, 2 steps" in capsys.readouterr().err
+        assert image.text["negative_prompt"] == "blue"
+    said = ["--negative-prompt", "", "--height", "32", "--width", "32", "--guidance-scale", "3"]
+    assert main(["sample", *words, *said]) == 0
+    other = Image.open(path)
+    assert other.text["negative_prompt"] == "" and other.width == image.width - 64
 
 
 @pytest.mark.parametrize(

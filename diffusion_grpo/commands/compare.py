@@ -78,8 +78,9 @@ class CompareOptions:
     """s of all models; the default is what the last run's model says, or 5."""
     eta: float = 0.0
     """η of the sampler ddim."""
-    negative_prompt: str = ""
-    """Text of the unconditional half of the guidance."""
+    negative_prompt: str | None = None
+    """Text of the unconditional half of the guidance; the default is what that model says, or
+    none."""
     variant: str | None = None
     """Variant of checkpoints' weight files, such as fp16; without it, RUN@base has the run's."""
     revision: str | None = None
@@ -164,7 +165,7 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     if options.output is None:
         raise UsageError("nothing to write: give --output, --strip or --animation")
     check_image_path(options.output)
-    names = ("num_steps", "guidance_scale")
+    names = ("num_steps", "guidance_scale", "negative_prompt")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     if options.prompt or options.prompts is not None:
@@ -209,10 +210,9 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     if rewards is not None:
         rewards.check(texts, metadata, group_size=n, what="num_images")
     images: list[np.ndarray] = []
-    settings: dict[str, Any] = dataclasses.asdict(sampling) | {
+    settings: dict[str, Any] = sampling.settings() | {
         "sampler": options.sampler,
         "eta": options.eta,
-        "negative_prompt": options.negative_prompt,
         "seed": options.seed,
     }
     dtype = DTYPES[options.dtype]
@@ -221,7 +221,7 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
             place, dtype=dtype, param_dtype=dtype, variant=source.variant
         )
         if not images:
-            _check_size(options, model, labels, texts, scored=rewards is not None)
+            _check_size(options, model, sampling, labels, texts, scored=rewards is not None)
         with talk.progress(name, len(texts)) as count:
             images.append(
                 generate(
@@ -252,6 +252,7 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
 def _check_size(
     options: CompareOptions,
     model: Any,
+    sampling: SamplingDefaults,
     labels: Sequence[str],
     texts: Sequence[str],
     *,
@@ -264,7 +265,7 @@ def _check_size(
     if options.output.suffix.lower() == ".png":
         return
     factor = model.vae.config.downscale_factor
-    height, width = (factor * n for n in latent_shape(model)[:2])
+    height, width = (factor * n for n in latent_shape(model, sampling.height, sampling.width)[:2])
     blank = [np.broadcast_to(np.uint8(255), (len(texts), height, width, 3))] * len(labels)
     scores = [np.full(len(texts), 0.5)] * len(labels) if scored else None
     page = comparison_grid(blank, labels, texts, scores=scores, text_size=options.font_size)

@@ -56,8 +56,9 @@ class EvaluateOptions:
     """T, of the base too; the default is what the model says, or 50."""
     guidance_scale: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """s, of the base too; the default is what the model says, or 5."""
-    negative_prompt: str = ""
-    """Text of the unconditional half of the guidance."""
+    negative_prompt: str | None = None
+    """Text of the unconditional half of the guidance; the default is what that model says, or
+    none."""
     variant: str | None = None
     """Variant of checkpoints' weight files, such as fp16; without it, RUN@base has the run's."""
     revision: str | None = None
@@ -83,7 +84,7 @@ def run(words: Sequence[str]) -> list[Path]:
     for sampler in options.samplers:
         check_sampler(sampler, 0.0)
     check_dtype(options.dtype)
-    names = ("num_steps", "guidance_scale")
+    names = ("num_steps", "guidance_scale", "negative_prompt")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     path = check_output(options.output, (".json",))
@@ -124,10 +125,7 @@ def run(words: Sequence[str]) -> list[Path]:
         for place, source in zip(places, sources, strict=True)
     ]
     sampling = dataclasses.replace(models[0].sampling or SamplingDefaults(), **given)
-    settings: dict[str, Any] = dataclasses.asdict(sampling) | {
-        "negative_prompt": options.negative_prompt,
-        "seed": options.seed,
-    }
+    settings: dict[str, Any] = sampling.settings() | {"seed": options.seed}
     n = options.num_images
     repeated = [prompt for prompt in prompts for _ in range(n)]
     texts = [prompt.text for prompt in repeated]
@@ -139,7 +137,7 @@ def run(words: Sequence[str]) -> list[Path]:
     }
     kl = None
     if len(models) == 2:
-        kl = _divergence(options, models, texts, settings, where, talk)
+        kl = _divergence(options, models, texts, sampling, where, talk)
 
     sections: dict[str, Any] = {}
     for sampler in options.samplers:
@@ -186,7 +184,7 @@ def _divergence(
     options: EvaluateOptions,
     models: Sequence[Any],
     texts: Sequence[str],
-    settings: dict[str, Any],
+    sampling: SamplingDefaults,
     where: dict[str, Any],
     talk: Talk,
 ) -> float | None:
@@ -205,27 +203,27 @@ def _divergence(
     from diffusion_grpo.schedule import make_schedule
 
     model, base = models
-    scale = settings["guidance_scale"]
-    policies = [TrainablePolicy(one.unet, scale) for one in models]
+    policies = [TrainablePolicy(one.unet, sampling.guidance_scale) for one in models]
     shapes = [jax.tree.map(lambda leaf: leaf.shape, policy.trained) for policy in policies]
     if shapes[0] != shapes[1] or model.scheduler_config != base.scheduler_config:
         talk.say("no KL to the base: its UNet or its noise schedule is another")
         return None
-    schedule = make_schedule(model.scheduler_config, settings["num_steps"], eta=1.0)
+    schedule = make_schedule(model.scheduler_config, sampling.num_steps, eta=1.0)
     measure = make_trajectory_kl(policies[0], schedule, "mean", policies[1])
+    shape = latent_shape(model, sampling.height, sampling.width)
     conditionings = [
         encode_prompts(
             one,
             texts,
-            negative_prompt=options.negative_prompt,
-            shape=latent_shape(model),
-            clip_skip=settings["clip_skip"],
+            negative_prompt=sampling.negative_prompt,
+            shape=shape,
+            clip_skip=sampling.clip_skip,
         )
         for one in models
     ]
     index = np.array(where["prompt_index"]), np.array(where["image_index"])
     start = image_keys(options.seed, 0, *index, "evaluation_initial")
-    initial = initial_noise(start, latent_shape(model))
+    initial = initial_noise(start, shape)
     keys = image_keys(options.seed, 0, *index, "evaluation_step")
     parts = [
         np.asarray(

@@ -59,8 +59,9 @@ class SampleOptions:
     """s, classifier-free guidance; the default is what the checkpoint says, or 5."""
     eta: float = 0.0
     """η of the sampler ddim; 0 is deterministic."""
-    negative_prompt: str = ""
-    """Text of the unconditional half of the guidance."""
+    negative_prompt: str | None = None
+    """Text of the unconditional half of the guidance; the default is what the checkpoint says, or
+    none."""
     clip_skip: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Layers of the text encoders to skip; the default is what the checkpoint says, or 0."""
     variant: str | None = None
@@ -68,9 +69,9 @@ class SampleOptions:
     revision: str | None = None
     """Branch, tag or commit of a hub repository; without it, RUN@base has the run's."""
     height: int | None = None
-    """In pixels; None takes the checkpoint's."""
+    """In pixels; the default is what a trained checkpoint says, or its own."""
     width: int | None = None
-    """In pixels; None takes the checkpoint's."""
+    """In pixels; the default is what a trained checkpoint says, or its own."""
     columns: int | None = None
     """Images a row of the grid; None makes a row of each prompt."""
     cell_size: int | None = None
@@ -133,7 +134,7 @@ def run(words: Sequence[str]) -> list[Path]:
     options.check()
     talk = Talk(options.quiet, options.verbose)
     prompts = [p.text for p in read_prompts(options.prompt, options.prompts, options.num_prompts)]
-    names = ("guidance_scale", "num_steps", "clip_skip")
+    names = ("guidance_scale", "num_steps", "clip_skip", "negative_prompt", "height", "width")
     settings = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
@@ -152,12 +153,12 @@ def run(words: Sequence[str]) -> list[Path]:
         variant=source.variant,
         revision=source.revision,
     )
+    sampling = dataclasses.replace(model.sampling or SamplingDefaults(), **given)
     factor = model.vae.config.downscale_factor
-    height, width = (factor * n for n in latent_shape(model, options.height, options.width)[:2])
+    height, width = (factor * n for n in latent_shape(model, sampling.height, sampling.width)[:2])
     _check_sizes(options, prompts, height, width)
     for number, (file, weight) in enumerate(adapters):
         load_lora(model, file, name=f"lora_{number}", weight=weight)
-    sampling = dataclasses.replace(model.sampling or SamplingDefaults(), **given)
     talk.say(
         f"guidance scale {sampling.guidance_scale:g}, {sampling.num_steps} steps of "
         f"{options.sampler}"
@@ -168,17 +169,12 @@ def run(words: Sequence[str]) -> list[Path]:
         images = generate(
             model,
             [text for text in prompts for _ in range(n)],
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
+            **sampling.settings(),
             sampler=options.sampler,
             eta=options.eta,
-            negative_prompt=options.negative_prompt,
-            clip_skip=sampling.clip_skip,
             seed=options.seed,
             prompt_index=[i for i in range(len(prompts)) for _ in range(n)],
             image_index=[j for _ in prompts for j in range(n)],
-            height=options.height,
-            width=options.width,
             batch_size=options.batch_size,
             on_images=count,
             on_previews=previews.append if options.animate else None,
@@ -191,7 +187,7 @@ def run(words: Sequence[str]) -> list[Path]:
         "guidance_scale": sampling.guidance_scale,
         "sampler": options.sampler,
         "eta": options.eta,
-        "negative_prompt": options.negative_prompt,
+        "negative_prompt": sampling.negative_prompt,
         "clip_skip": sampling.clip_skip,
         "revision": source.revision or "",
         "variant": source.variant or "",
