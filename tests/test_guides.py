@@ -96,6 +96,6 @@ def test_warnings_are_said_somewhere():
         for module in ("report_warnings.py", "learning.py")
     )
     quoted = re.findall(r'\*\*"([^"]+)"\*\*', TEXTS["hyperparameters.md"])
-    assert len(quoted) == 9
+    assert len(quoted) == 10
     for text in quoted:
         assert text in said, text

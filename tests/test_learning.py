@@ -227,7 +227,7 @@ def test_timesteps_and_their_noise_are_drawn_by_keys_without_a_common_child(
         used.append(keys)
         return draw_timesteps(keys, *arguments)
 
-    def update(train, old, reference, frozen, batch, beta):
+    def update(train, old, reference, frozen, batch, beta, check):
         used.append(batch.keys)
         return train, {"loss": jnp.float32(0)}
 
