@@ -17,7 +17,7 @@ from diffusion_grpo.mesh import AXES, by_rows, replicated, split_rows
 from diffusion_grpo.trajectories import UpdateBatch
 
 # The metrics that are no sums, and how they are reduced.
-EXTREMES = {"ratio/min": jnp.min, "ratio/max": jnp.max, "ratio/drift": jnp.max}
+EXTREMES = {"ratio/min": jnp.min, "ratio/max": jnp.max}
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -43,8 +43,8 @@ def sum_in_lanes(
         add: (gradient so far, first row of a microbatch) → gradient with it, metrics.
         zeros: the gradient to start from.
         starts: first rows of the microbatches.
-        check: called before each, and with no more than two under way, so that what it raises comes
-            soon.
+        check: called before each, and with no more than a few under way, so that what it raises
+            comes soon.
 
     Returns:
         The gradient, and the metrics of all microbatches.
@@ -59,7 +59,7 @@ def sum_in_lanes(
             check()
             total, metrics = add(total, start)
             history += metrics
-            ends.append(metrics[-1])
+            ends.append(metrics)
         return total, history
 
     total, history = None, []

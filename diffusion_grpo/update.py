@@ -315,8 +315,7 @@ def compile_loss(
                 entropy = gaussian_entropy(std, _size(mb), reduction=config.reduction)
                 count = jnp.float32(mb.advantages.shape[0])
                 loss = loss - shares.total * count * config.entropy_coeff * entropy
-            change = log_p - mb.trajectory.log_probs[i]
-            return loss, (metrics | {"ratio/drift": jnp.abs(change).max()}, change)
+            return loss, (metrics, log_p - mb.trajectory.log_probs[i])
 
         if place is replicated and shards() > 1:
             return of_shards(step_loss, gradient, params, mb, pulls)
@@ -371,12 +370,14 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
     ) -> tuple[Any, dict[str, Array]]:
         count, number = len(batch.advantages), len(plan.steps)
         shares = Shares(jnp.float32(len(plan.active) / number), jnp.float32(1 / number))
+        peaks: list[Array] = []  # of each microbatch the images' largest |Δ log p|
 
         def add(total: Any, start: int) -> tuple[Any, list[dict[str, Array]]]:
             history: list[dict[str, Array]] = []
             mb = batch.take(slice(start, start + config.microbatch))
             zero = jnp.zeros_like(mb.advantages)
             pulls, common = Pulls(zero, zero, zero), (params, frozen, schedule, mb, plan, beta)
+            peak = zero
             if summed:
                 with resident():
                     pulls, metrics = loss.terms(*common, on_policy=on_policy)
@@ -384,16 +385,18 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
             for k in range(number):
                 step = plan.steps[k]
                 with resident():
-                    total, metrics, _ = loss.accumulate(total, *common, step, pulls, shares)
+                    total, metrics, change = loss.accumulate(total, *common, step, pulls, shares)
+                    peak = _peak(peak, change) if on_policy else peak
                 history.append(metrics)
+            peaks.append(peak)
             return total, history
 
         starts = range(0, count, config.microbatch)
         zeros = partial(loss.zeros, params)
         total, history = sum_in_lanes(lanes[on_policy], add, zeros, starts, check)
         metrics = reduce_metrics(history, count)
-        if not on_policy:  # the policy has moved, and not the numerics alone
-            del metrics["ratio/drift"]
+        if on_policy:  # later the policy has moved, and not the numerics alone
+            metrics["ratio/drift"] = _largest(peaks)
         metrics["entropy"] = loss.entropy(params, schedule, batch, plan.active)
         metrics["loss"] = metrics["policy_loss"] - config.entropy_coeff * metrics["entropy"]
         if config.kl is not None:
@@ -401,6 +404,17 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
         return loss.mean(total, count), metrics
 
     return gradient
+
+
+@jax.jit
+def _peak(peak: Array, change: Array) -> Array:
+    # By rows: a maximum over the images would be waited for at every step.
+    return jnp.maximum(peak, jnp.abs(change))
+
+
+@jax.jit
+def _largest(peaks: list[Array]) -> Array:
+    return replicated(jnp.stack([peak.max() for peak in peaks]).max())
 
 
 def _size(batch: UpdateBatch) -> int:
