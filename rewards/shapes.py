@@ -5,8 +5,8 @@
 
 Range: 0 to 1. With `partial_credit=false` the second line is 0. What is asked: each object's shape
 and color (any color of the palette where the caption names none), and size, relation and background
-where it names them (see `diffusion_grpo.shapes.verify`). The judge reads pixels only: 64×64 pictures, captions of the
-embedded world (`prompts/shapes.txt`).
+where it names them (see `diffusion_grpo.shapes.verify`). The judge reads
+pixels only: 64×64 pictures, captions of the embedded world (`prompts/shapes.txt`).
 """
 
 from __future__ import annotations
