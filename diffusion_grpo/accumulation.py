@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from diffusion_grpo.grpo import kl_estimate
+from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.lanes import lanes as lane_count
 from diffusion_grpo.mesh import AXES, by_rows, replicated, split_rows
@@ -31,7 +32,7 @@ def sum_in_lanes(
     add: Callable[[Any, int], tuple[Any, list[dict[str, Array]]]],
     zeros: Callable[[], Any],
     starts: Sequence[int],
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = do_nothing,
 ) -> tuple[Any, list[dict[str, Array]]]:
     """Sum the gradients of microbatches, each lane those of its share, then over the lanes.
 

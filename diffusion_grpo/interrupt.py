@@ -12,6 +12,10 @@ from diffusion_grpo.errors import Preempted
 from diffusion_grpo.processes import exchange
 
 
+def do_nothing() -> None:
+    """Raise nothing: what is called again and again where nobody has asked for it."""
+
+
 class StopNow(BaseException):
     """Raised where a run is to stop within an iteration, which is done anew when it is resumed.
 

@@ -18,6 +18,7 @@ from diffusion_grpo.advantages import (
 )
 from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.grpo import adapted_beta
+from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.mesh import by_rows, placement
 from diffusion_grpo.optim import TrainState, make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy
@@ -128,10 +129,6 @@ def image_advantages(
     if len(rows) < len(kept):
         advantages = jnp.zeros(len(kept), jnp.float32).at[rows].set(advantages)
     return advantages, after
-
-
-def do_nothing() -> None:
-    """Raise nothing: what is called again and again where nobody has asked for it."""
 
 
 class Learner:

@@ -15,7 +15,8 @@ import numpy as np
 
 from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.consistency import images_learned_from, images_sharing_a_prompt
-from diffusion_grpo.learner import Learner, LearnerState, Rollout, do_nothing
+from diffusion_grpo.interrupt import do_nothing
+from diffusion_grpo.learner import Learner, LearnerState, Rollout
 from diffusion_grpo.mesh import by_rows, join_rows, replicated, shards, to_host
 from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
 from diffusion_grpo.optim import make_update, moved_average

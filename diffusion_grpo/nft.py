@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion_grpo.accumulation import divide, sum_in_lanes
+from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import Place, replicated, resident, take_rows
 from diffusion_grpo.rollout import initial_noise
@@ -231,7 +232,7 @@ def make_nft_gradient(loss: CompiledNFT) -> Callable[..., tuple[Any, dict[str, A
         batch: NFTBatch,
         beta: Array,
         *,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = do_nothing,
     ) -> tuple[Any, dict[str, Array]]:
         count, number = batch.timesteps.shape
         share = jnp.float32(1 / number)

@@ -18,6 +18,7 @@ from diffusion_grpo.config import Config, load_config, to_yaml
 from diffusion_grpo.divided_scoring import DividedScoring
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gaussian import Reduction
+from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import by_rows, join_rows, own_rows, resident, take_rows
 from diffusion_grpo.pipeline import LoRAOptions, TrainablePolicy, make_sampler
@@ -119,6 +120,8 @@ def make_directory(
             if not resume or load_config(str(path)).run.iterations != config.run.iterations:
                 (directory / SCRATCH).write_text(text, encoding="utf-8")
                 os.replace(directory / SCRATCH, path)
+                # Of a run that is made longer: what it came to before says that it is finished.
+                (directory / "evaluation.json").unlink(missing_ok=True)
             (directory / "samples").mkdir(exist_ok=True)
             stack.pop_all()  # the caller holds it now
         return lock
@@ -349,7 +352,7 @@ def decoded_and_scored(
     decode: Any,
     images: list[Any],
     scoring: Scoring | DividedScoring,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = do_nothing,
 ) -> Output:
     """Have what is drawn decoded, added to `images`, and handed to the rewards.
 

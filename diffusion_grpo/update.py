@@ -33,6 +33,7 @@ from diffusion_grpo.grpo import (
     kl_estimate,
     masked_surrogate,
 )
+from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import (
     Place,
@@ -366,7 +367,7 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
         beta: Array,
         *,
         on_policy: bool,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = do_nothing,
     ) -> tuple[Any, dict[str, Array]]:
         count, number = len(batch.advantages), len(plan.steps)
         shares = Shares(jnp.float32(len(plan.active) / number), jnp.float32(1 / number))

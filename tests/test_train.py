@@ -29,6 +29,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.events import read_events
 from diffusion_grpo.metrics import read_metrics
 from diffusion_grpo.pipeline import generate
+from diffusion_grpo.preparation import make_directory
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.prompts import Prompt
 from diffusion_grpo.rollout import sample, trajectory_log_probs
@@ -217,6 +218,18 @@ def test_resumed_run_ends_as_the_undisturbed_one(
         assert {k: v for k, v in a.items() if "time/" not in k and k != "images_per_second"} == {
             k: v for k, v in b.items() if "time/" not in k and k != "images_per_second"
         }
+
+
+def test_a_run_that_is_made_longer_is_finished_no_more(flags):
+    directory = Path(flags["--run.output"])
+    with make_directory(_config(flags), directory):
+        (directory / "evaluation.json").write_text("{}")
+    with make_directory(_config(flags), directory, resume=True):
+        assert (directory / "evaluation.json").is_file()
+    with make_directory(_config(flags, run__iterations=5), directory, resume=True):
+        assert not (directory / "evaluation.json").exists()
+    written = load_config(str(directory / "config.yaml"))
+    assert written == _config(flags, run__iterations=5)
 
 
 @pytest.mark.slow
