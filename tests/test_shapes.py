@@ -58,6 +58,12 @@ def _one_object(shape: str, color: str, radius: float, x: float = 32.0, y: float
     )
 
 
+def test_a_picture_is_the_same_whatever_is_rendered_beside_it() -> None:
+    scenes = scene_batch(3, 0, 64)
+    alone = np.concatenate([render(scenes.take(slice(i, i + 1))) for i in range(64)])
+    np.testing.assert_array_equal(render(scenes), alone)
+
+
 @pytest.mark.parametrize("radius", [7.0, 9.3, 12.8])
 def test_a_black_circle_covers_pi_r_squared_pixels(radius: float) -> None:
     image = render(_one_object("circle", "black", radius))[0].astype(float).mean(axis=-1)

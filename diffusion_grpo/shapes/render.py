@@ -9,7 +9,9 @@ from diffusion_grpo.shapes.scenes import (
     IMAGE_SIZE,
     MAX_OBJECTS,
     PALETTE,
+    RADII,
     SHAPES,
+    SIZES,
     TINTS,
     Scenes,
 )
@@ -81,10 +83,14 @@ def _backgrounds(scenes: Scenes) -> np.ndarray:
     return (light[..., None] + tint.reshape(n, 1, 1, 3)).astype(np.float32)
 
 
-def _paint(canvas: np.ndarray, scenes: Scenes, slot: int, shape: int, rows: np.ndarray) -> None:
-    """Paint the object in `slot` of the scenes `rows`, all of one shape, onto the canvas."""
+def _paint(
+    canvas: np.ndarray, scenes: Scenes, slot: int, shape: int, size: int, rows: np.ndarray
+) -> None:
+    """Paint the object in `slot` of the scenes `rows`, all of one shape and size, on the canvas."""
     radius = scenes.radius[rows, slot]
-    patch = int(min(IMAGE_SIZE, 2 * (np.ceil(EXTENT[shape] * radius.max() + _GLOW) + 1)))
+    # As wide as the largest of its kind: the shadow ends where it does whatever else is painted.
+    largest = RADII[SIZES[size]][1]
+    patch = int(min(IMAGE_SIZE, 2 * (np.ceil(EXTENT[shape] * largest + _GLOW) + 1)))
     left, top = (
         np.clip(np.floor(c[rows, slot]).astype(np.int32) - patch // 2, 0, IMAGE_SIZE - patch)
         for c in (scenes.x, scenes.y)
@@ -133,7 +139,7 @@ def render(scenes: Scenes, *, chunk: int = 256) -> np.ndarray:
                     here = part.present[:, slot] & (part.shape[:, slot] == shape)
                     rows = np.flatnonzero(here & (part.size[:, slot] == size))
                     if len(rows):
-                        _paint(canvas, part, slot, shape, rows)
+                        _paint(canvas, part, slot, shape, size, rows)
         np.clip(np.rint(canvas), 0, 255, out=canvas)
         out[start : start + chunk] = canvas.astype(np.uint8)
     return out
