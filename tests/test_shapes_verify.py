@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import ndimage as scipy_ndimage
@@ -15,6 +17,7 @@ from diffusion_grpo.shapes.scenes import (
     SHAPES,
     TASKS,
     TINTS,
+    Scenes,
     sample_scenes,
 )
 from diffusion_grpo.shapes.verify import PARTS, verify
@@ -144,6 +147,48 @@ def test_an_object_too_many_fails_the_count_alone() -> None:
     for part in ("shape", "color", "size", "position", "background"):
         assert verdict.parts[part].mean() > 0.99
     np.testing.assert_allclose(np.median(verdict.score), 0.7 - 0.1, atol=1e-6)
+
+
+def _pairs(n: int) -> tuple[Scenes, list[str]]:
+    """Scenes of two objects, and captions that name the first one alone."""
+    rng = np.random.default_rng(13)
+    scenes = sample_scenes(rng, n, split="all", tasks=["color_attribution"])
+    return scenes, [caption.split(" and ")[0] for caption in captions(scenes)]
+
+
+def _without(scenes: Scenes, *slots: int) -> np.ndarray:
+    present = scenes.present & ~np.isin(np.arange(3), slots)
+    return render(dataclasses.replace(scenes, present=present)).astype(float)
+
+
+@pytest.mark.parametrize("opacity", [0.25, 0.35])
+def test_a_faint_object_too_many_is_seen(opacity: float) -> None:
+    scenes, named = _pairs(200)
+    alone, both = _without(scenes, 1), _without(scenes)
+    assert verify(_uint8(alone), named).passed.all()
+    verdict = verify(_uint8(alone + opacity * (both - alone)), named)
+    assert not verdict.passed.any() and not verdict.parts["count"].any()
+
+
+def test_a_white_object_too_many_is_seen() -> None:
+    scenes, named = _pairs(200)
+    second = np.abs(_without(scenes, 0) - _without(scenes, 0, 1)).max(axis=3, keepdims=True) > 60
+    white = _uint8(np.where(second, 255, _without(scenes, 1)))
+    assert not verify(white, named).passed.any()
+
+
+def test_an_object_within_another_is_seen() -> None:
+    scenes, named = _pairs(800)
+    nested = np.flatnonzero((scenes.size[:, 0] == 1) & (scenes.size[:, 1] == 0))
+    scenes, named = scenes.take(nested), [named[i] for i in nested]
+    second = np.arange(3) == 1
+    scenes = dataclasses.replace(
+        scenes,
+        x=np.where(second, scenes.x[:, :1], scenes.x),
+        y=np.where(second, scenes.y[:, :1], scenes.y),
+    )
+    assert len(named) > 150
+    assert not verify(render(scenes), named).passed.any()
 
 
 @pytest.mark.parametrize(

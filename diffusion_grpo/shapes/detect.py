@@ -41,7 +41,13 @@ _MAX_COLOR_ERROR = 62.0  # RGB distance of an object's inner pixels from its col
 _MAX_TINT_ERROR = 40.0  # RGB distance of the background from the nearest tint
 _PREVAILING = 0.75  # share of a region's inner pixels that decides its color
 _EDGE_SLOPE = np.float32(0.8)  # coverage a pixel across an edge, after smoothing and steepening
-_FAINT = 0.2  # steepened coverage of a pixel that is no longer plain background
+# Of a pixel outside of all objects, the differences from the background in hue and in brightness
+# (RGB distance from gray, levels of gray) above which it is no longer plain background. Light,
+# ripples and shadows stay below them in all but a few pixels of a picture.
+_GHOST_HUE = 16.0
+_GHOST_LIGHT = 24.0
+_MAX_SHADING = 0.15  # by which an object's inside is darker or lighter than its mean color
+_MAX_FOREIGN = 50.0  # RGB distance of an object's inner pixel from the nearest shade of that
 _MIN_AREA = 16  # pixels; smaller components are specks
 _PATCH = 40  # pixels; the window in which a component is compared with the templates
 _PIXELS = IMAGE_SIZE * IMAGE_SIZE
@@ -61,7 +67,9 @@ class Detections:
         y: Centroid from the top edge in pixels, float32 `[M]`.
         radius: In pixels, float32 `[M]`.
         background: Index into `BACKGROUNDS`, -1 if like none of them, int `[B]`.
-        specks: Pixels that are neither background nor part of an object, int `[B]`.
+        specks: Pixels that are neither background nor part of an object, int `[B]`: of components
+            too small for one, of ghosts (fainter than an object, yet no light or shadow), and
+            within an object but of another color.
     """
 
     image: np.ndarray
@@ -176,6 +184,13 @@ def label_components(cls: np.ndarray, max_iterations: int = 64) -> np.ndarray:
     return np.where(foreground, label, -1)
 
 
+def _shrunk(mask: np.ndarray) -> np.ndarray:
+    """Keep the pixels of a mask, bool `[B, H, W]`, whose 4 neighbors are in it too."""
+    around = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+    across = around[:, 1:-1, :-2] & around[:, 1:-1, 2:]
+    return np.asarray(mask & across & around[:, :-2, 1:-1] & around[:, 2:, 1:-1])
+
+
 def _settle_classes(cls: np.ndarray) -> np.ndarray:
     """Give all of a foreground region the class that prevails inside it, if one clearly does.
 
@@ -190,9 +205,7 @@ def _settle_classes(cls: np.ndarray) -> np.ndarray:
     """
     foreground = cls > 0
     label = label_components(foreground)
-    inside = np.pad(foreground, ((0, 0), (1, 1), (1, 1)))
-    inside = inside[:, :-2, 1:-1] & inside[:, 2:, 1:-1] & inside[:, 1:-1, :-2] & inside[:, 1:-1, 2:]
-    inside &= foreground
+    inside = _shrunk(foreground)
     flat = label.reshape(len(cls), -1) + np.arange(len(cls))[:, None] * label[0].size
     region = np.full(label.size, -1)
     roots = np.flatnonzero((flat.reshape(-1) == np.arange(label.size)) & foreground.reshape(-1))
@@ -215,6 +228,41 @@ def _grow(ids: np.ndarray) -> np.ndarray:
     near = np.maximum(padded[:, :-2, 1:-1], padded[:, 2:, 1:-1])
     near = np.maximum(near, np.maximum(padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]))
     return np.where(ids < 0, near, ids)
+
+
+def _ghosts(offset: np.ndarray) -> np.ndarray:
+    """Say which pixels differ from the background by more than light does.
+
+    Args:
+        offset: pixels less the background's color, float32 `[B, N, 3]`.
+
+    Returns:
+        bool `[B, N]`.
+    """
+    light = offset.mean(axis=2)
+    hue = np.square(offset - light[..., None]).sum(axis=2)
+    return np.asarray((hue > _GHOST_HUE**2) | (np.abs(light) > _GHOST_LIGHT))
+
+
+def _foreign(pixels: np.ndarray, core: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Say which pixels, two or more within an object's edge, are no shade of its mean color.
+
+    Args:
+        pixels: RGB, float32 `[B, N, 3]`.
+        core: index of each pixel's object, -1 if none, int `[B, H, W]`.
+        colors: mean color of each object, `[M, 3]`.
+
+    Returns:
+        bool `[B, N]`.
+    """
+    inside = _shrunk(_shrunk(core >= 0))
+    found = np.zeros(inside.shape, bool)
+    rgb = pixels.reshape(*inside.shape, 3)[inside]
+    color = colors[core[inside]]
+    shade = (rgb * color).sum(axis=1) / np.maximum((color * color).sum(axis=1), 1)
+    shade = np.clip(shade, 1 - _MAX_SHADING, 1 + _MAX_SHADING)
+    found[inside] = np.square(rgb - shade[:, None] * color).sum(axis=1) > _MAX_FOREIGN**2
+    return found.reshape(len(pixels), -1)
 
 
 def _match_templates(
@@ -264,9 +312,9 @@ def _detect(images: np.ndarray) -> Detections:
     core = number[index].reshape(b, IMAGE_SIZE, IMAGE_SIZE)
     ids = _grow(_grow(core)).reshape(-1)
     owned = np.flatnonzero(ids >= 0)
-    # Ghosts: fainter than an object, yet no shadow of one.
-    faint = (coverage > _FAINT) & (cls.reshape(b, _PIXELS) == 0) & (ids.reshape(b, _PIXELS) < 0)
-    specks = specks + faint.sum(axis=1)
+    plain = (cls.reshape(b, _PIXELS) == 0) & (ids.reshape(b, _PIXELS) < 0)
+    ghosts = _shrunk((_ghosts(pixels - backdrop) & plain).reshape(cls.shape))  # noise has no inside
+    specks = specks + ghosts.sum(axis=(1, 2))
     who, weight = ids[owned], coverage.reshape(-1)[owned].astype(np.float64)
     count = len(roots)
     area = np.bincount(who, weight, count)
@@ -280,6 +328,7 @@ def _detect(images: np.ndarray) -> Detections:
     mean = np.stack([np.bincount(who, inner * rgb[:, c], count) for c in range(3)], axis=1)
     # Not in place: where there is no object at all, bincount returns integers.
     mean = mean / np.maximum(np.bincount(who, inner, count), 1)[:, None]
+    specks = specks + _foreign(pixels, core, mean).sum(axis=1)
     error = np.linalg.norm(mean - _PALETTE[np.minimum(known, _UNKNOWN - 1)], axis=1)
     color = np.where((known < _UNKNOWN) & (error <= _MAX_COLOR_ERROR), known, -1)
 

@@ -3,7 +3,7 @@
 From the pixels alone, with fixed rules; each part of a caption is judged, as GenEval reports them.
 
 What it does not see, though the world has no such picture: an object too many that is fainter than
-about a third of its color, or white, or drawn within another one (a sixteenth of such pairs).
+about a quarter of its color, or that another hides or has the color of.
 """
 
 from __future__ import annotations
