@@ -22,6 +22,7 @@ from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config, PromptsConfig
 from diffusion_grpo.divided_scoring import DividedScoring, start_scoring
 from diffusion_grpo.gaussian import Reduction, gaussian_kl
+from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import by_rows, own_rows, resident, to_host
 from diffusion_grpo.pipeline import (
@@ -110,7 +111,11 @@ def describe_list(prompts: PromptsConfig, count: int) -> str:
 
 
 class Evaluator:
-    """Everything an evaluation needs but the trained parameters, prepared once a run."""
+    """Everything an evaluation needs but the trained parameters, prepared once a run.
+
+    Attributes:
+        check: called once for every chunk of images, and may raise to stop; does nothing at first.
+    """
 
     def __init__(
         self,
@@ -160,6 +165,7 @@ class Evaluator:
         self._chunk = rollout.microbatch
         known = all("task" in metadata for metadata in self.metadata)
         self._tasks = [str(metadata["task"]) for metadata in self.metadata] if known else None
+        self.check: Callable[[], None] = do_nothing
         self._kl = None
         if options.stochastic:
             schedule = make_schedule(model.scheduler_config, rollout.num_steps, eta=rollout.eta)
@@ -177,6 +183,7 @@ class Evaluator:
         with contextlib.ExitStack() as stack:
             scorings = [stack.enter_context(self._start(judge, own)) for judge in judges]
             for part in self._drawn(trained, division.chunks):
+                self.check()
                 drawn.append(part)
                 for scoring in scorings if left else ():
                     scoring.add(part[:left])
@@ -224,6 +231,7 @@ class Evaluator:
             return None
         each = np.zeros(len(self.texts), np.float32)
         for rows in chunks:
+            self.check()
             each[rows] = to_host(
                 self._kl(
                     trained,

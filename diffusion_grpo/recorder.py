@@ -143,6 +143,10 @@ class Recorder:
         self.report()
         return summary
 
+    def has_evaluation(self, done: int) -> bool:
+        """Whether there was an evaluation after `done` iterations."""
+        return any(entry.iteration == done for entry in self._evaluations())
+
     def quality(self, done: int) -> float:
         """Return the mean that `is_best` compares, of the evaluation after `done` iterations."""
         return {entry.iteration: self._quality(entry) for entry in self._evaluations()}[done]

@@ -19,7 +19,7 @@ from diffusion_grpo.gallery import ROLLOUT_TILE, reduced
 from diffusion_grpo.grids import image_grid
 from diffusion_grpo.images import save_image
 from diffusion_grpo.mesh import own_rows
-from diffusion_grpo.metrics import MetricsLog, Progress
+from diffusion_grpo.metrics import MetricsLog, Progress, read_metrics
 from diffusion_grpo.recorder import Recorder
 from diffusion_grpo.results import describe, save_evaluation_grid, save_results
 from diffusion_grpo.reward_scores import RewardResult
@@ -184,9 +184,23 @@ class RunOutput:
         reason = None if self._recorder is None else self._recorder.stop_reason()
         return processes.of_leader(reason, "whether to stop early")
 
-    def metrics(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics of an iteration."""
+    def unevaluated(self, done: int) -> dict[str, Any] | None:
+        """Return the metrics of the last of `done` iterations if its evaluation was not finished.
+
+        None if it was, or in every process if nothing of it was written.
+        """
+        metrics = None
         if self._log is not None and self._recorder is not None:
+            rows = [row for row in read_metrics(self._log.path) if row["iteration"] == done - 1]
+            if rows and not self._recorder.has_evaluation(done):
+                metrics = {name: value for name, value in rows[-1].items() if name != "iteration"}
+        return processes.of_leader(metrics, "what was not evaluated")
+
+    def metrics(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics of an iteration, in the place of what was written of it before."""
+        if self._log is not None and self._recorder is not None:
+            if iteration < self._start:
+                self._log.truncate_after(iteration - 1)
             self._log.write(iteration, metrics)
             self._recorder.metrics(iteration, metrics)
 

@@ -96,8 +96,8 @@ def train(
 
     Raises:
         UsageError: something asked for cannot be done; found before any work where it can be.
-        RewardError: a reward failed. The finished iterations are saved as a checkpoint; if it was
-            in an evaluation between iterations, the resumed run goes on without that evaluation.
+        RewardError: a reward failed. The finished iterations are saved as a checkpoint; an
+            evaluation that it was in is done anew when the run is resumed.
         RunError: the disk, the device's memory or numbers that are not finite stopped it.
         Preempted: SIGTERM did, and everything is saved.
     """
@@ -173,7 +173,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
         ) as output,
         StopRequest() as stop,
     ):
-        learner.check = stop.check
+        learner.check = evaluator.check = stop.check
         for note in notes:
             output.message(note)
         output.message(f"evaluating before training on {evaluator.description}")
@@ -181,7 +181,23 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             before = evaluator(policy.trained)
         output.before(before)
 
+        def evaluate(
+            done: int, metrics: dict[str, Any], since: float
+        ) -> tuple[str | None, float | None]:
+            """Evaluate within the run; as `RunOutput.evaluation`."""
+            try:
+                with checkpoints.kept(done, leaves(state), resume=again), phase("evaluation"):
+                    evaluation = evaluator(state.train.evaluated)
+                found = output.evaluation(done, evaluation, metrics, since)
+                if found[1] is not None:
+                    export(config, model, policy, state.train.evaluated, directory / "best")
+            finally:  # the iteration is done, whatever comes of its evaluation
+                output.metrics(done - 1, metrics)
+            return found
+
         done = encoded = start
+        if start and evaluation_due(config, start) and (metrics := output.unevaluated(start)):
+            evaluate(start, metrics, time.perf_counter())
         if stopped := output.stop_reason():  # it was ended between this and its end
             output.message(stopped)
         for iteration in range(start, start if stopped else config.run.iterations):
@@ -283,20 +299,10 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             done = iteration + 1
             metrics |= output.rollout(iteration, images, texts, result, advantages)
             stopped = quality = None
-            evaluated = evaluation_due(config, done)
-            try:
-                if evaluated:
-                    with (
-                        checkpoints.kept(done, leaves(state), resume=again),
-                        phase("evaluation"),
-                    ):
-                        evaluation = evaluator(state.train.evaluated)
-                    stopped, quality = output.evaluation(done, evaluation, metrics, updated)
-                    if quality is not None:
-                        export(config, model, policy, state.train.evaluated, directory / "best")
-            finally:  # the iteration is done, whatever comes of its evaluation
-                if evaluated or done % config.run.log_every == 0:
-                    output.metrics(iteration, metrics)
+            if evaluation_due(config, done):
+                stopped, quality = evaluate(done, metrics, updated)
+            elif done % config.run.log_every == 0:
+                output.metrics(iteration, metrics)
             if config.run.sample_every and done % config.run.sample_every == 0:
                 each = [prompt.text for _, prompt in batch]
                 output.samples(done, images, each, metrics["reward/mean"])

@@ -21,11 +21,13 @@ from compiling import as_users_compile
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.numpy import load_file
+from tiny_run import lasting
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config
-from diffusion_grpo.errors import UsageError
+from diffusion_grpo.errors import Preempted, UsageError
+from diffusion_grpo.evaluate import Evaluator
 from diffusion_grpo.events import read_events
 from diffusion_grpo.metrics import read_metrics
 from diffusion_grpo.pipeline import generate
@@ -220,6 +222,33 @@ def test_resumed_run_ends_as_the_undisturbed_one(
         }
 
 
+@pytest.mark.slow
+def test_an_evaluation_that_was_stopped_is_done_anew(flags, tmp_path, monkeypatch):
+    flags |= {"--eval.every": "1"}
+    stopped, whole = Path(flags["--run.output"]), tmp_path / "whole"
+    train(_config(flags | {"--run.output": str(whole)}))
+    calls, drawn = [], Evaluator._drawn
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:  # the first one is of the untrained model
+            os.kill(os.getpid(), signal.SIGTERM)
+        return drawn(*args)
+
+    monkeypatch.setattr(Evaluator, "_drawn", interrupted)
+    with pytest.raises(Preempted):
+        train(_config(flags))
+    monkeypatch.undo()
+    rows = read_metrics(stopped)
+    assert [row["iteration"] for row in rows] == [0] and "eval/reward/mean" not in rows[0]
+    assert main(["train", "--resume", str(stopped)]) == 0
+    rows = [lasting(directory) for directory in (whole, stopped)]
+    assert "eval/reward/mean" in rows[0][0] and rows[0] == rows[1]
+    first, second = (load_file(directory / "final" / UNET) for directory in (whole, stopped))
+    assert all((first[name] == second[name]).all() for name in first)
+    assert (whole / "best.json").read_text() == (stopped / "best.json").read_text()
+
+
 def test_a_run_that_is_made_longer_is_finished_no_more(flags):
     directory = Path(flags["--run.output"])
     with make_directory(_config(flags), directory):
@@ -278,13 +307,13 @@ def test_iterations_outlive_a_reward_that_fails(flags, tmp_path, capsys):
     assert "Traceback" not in message
     assert [row["iteration"] for row in read_metrics(directory)] == [0]
 
-    # Mended, it goes on with the second iteration; call 4 is the third one's.
-    reward.write_text(FAILING.format(fails_at=4))
+    # Mended, the evaluation is done anew (call 2), and it goes on; call 5 is the third iteration's.
+    reward.write_text(FAILING.format(fails_at=5))
     assert main(["train", "--resume", str(directory)]) == 1
     assert "iterations kept: 2" in capsys.readouterr().err
     rows = read_metrics(directory)
     assert [row["iteration"] for row in rows] == [0, 1]
-    assert ["eval/reward/mean" in row for row in rows] == [False, True]
+    assert ["eval/reward/mean" in row for row in rows] == [True, True]
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"1", "2"}
 
 
