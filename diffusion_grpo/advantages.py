@@ -6,6 +6,7 @@ their magnitude, so that no rounding of a large mean is left over to be divided 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -108,6 +109,7 @@ def weighted_advantages(
     *,
     kind: Advantage = "group",
     eps: float = 1e-8,
+    clip: float = math.inf,
 ) -> Float[Array, " B"]:
     """Normalize each of several rewards in its group, then weight and sum: Σ_k w_k A_k (GDPO).
 
@@ -121,6 +123,7 @@ def weighted_advantages(
         group_size: G.
         kind: as in `group_advantages`.
         eps: in units of each reward.
+        clip: of each A_k before it is weighted; see `clip_advantages`.
 
     Returns:
         Advantages [P·G], float32.
@@ -131,11 +134,33 @@ def weighted_advantages(
     """
     if set(scores) != set(weights):
         raise ValueError(f"scores of {sorted(scores)} but weights of {sorted(weights)}")
-    parts = [
-        weights[name] * group_advantages(jnp.asarray(score), group_size, kind=kind, eps=eps)
-        for name, score in scores.items()
-    ]
+    parts = []
+    for name, score in scores.items():
+        advantages = group_advantages(jnp.asarray(score), group_size, kind=kind, eps=eps)
+        parts.append(weights[name] * clip_advantages(advantages, clip, kind))
     return jnp.stack(parts).sum(axis=0)
+
+
+def clip_advantages(
+    advantages: Float[Array, " B"], clip: float, kind: Advantage | Literal["running"]
+) -> Float[Array, " B"]:
+    """Clip advantages to `clip` standard deviations, both ways.
+
+    Most kinds are in standard deviations. `group_mean` and `leave_one_out` are in the reward's
+    units, in which no bound would suit all rewards; of them it is the batch's: √(mean A²).
+
+    Args:
+        advantages: [B].
+        clip: above 0; infinite for none.
+        kind: as in `group_advantages`, or `running`.
+
+    Returns:
+        [B].
+    """
+    if math.isinf(clip):
+        return advantages
+    unit = _std(advantages) if kind in ("group_mean", "leave_one_out") else 1.0
+    return jnp.clip(advantages, -clip * unit, clip * unit)
 
 
 class RewardHistory(NamedTuple):

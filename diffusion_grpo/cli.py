@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffusion-grpo: {error}", file=sys.stderr)
         return exit_code(error)
     except KeyboardInterrupt as error:
+        if str(error):  # of a run: what goes on with it
+            print(f"diffusion-grpo: {error}", file=sys.stderr)
         return exit_code(error)
 
 

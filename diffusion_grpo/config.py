@@ -15,6 +15,7 @@ from diffusion_grpo.errors import UsageError, suggest
 from diffusion_grpo.fields import Section, update_section
 from diffusion_grpo.learning_sections import GRPOOptions, NFTOptions, OptimConfig
 from diffusion_grpo.refusals import refusals
+from diffusion_grpo.resources import embedded_checkpoints
 from diffusion_grpo.reward_failure import parse_failure_policies
 from diffusion_grpo.reward_specs import RewardSpec, parse_reward_specs
 from diffusion_grpo.sections import (
@@ -277,13 +278,14 @@ def from_dict(
 
     Args:
         values: section names to mappings of field names to values.
-        base: where fields that are not given come from; the defaults unless given.
+        base: where fields that are not given come from; the defaults unless given. Without one,
+            `reward.options` are all that there are, as `to_yaml` writes them.
         source: what the values were read from, for the messages.
 
     Raises:
         UsageError: an unknown section or field (with the nearest one), or a wrong value.
     """
-    base = base or Config()
+    whole, base = base is None, base or Config()
     sections: dict[str, Section] = {
         field.name: getattr(base, field.name) for field in dataclasses.fields(base)
     }
@@ -296,8 +298,11 @@ def from_dict(
         if not isinstance(fields, Mapping):
             raise UsageError(f"{source}: {name} is {fields!r}; expected a mapping of its fields")
         sections[name] = update_section(sections[name], fields, source=source)
+    config = dataclasses.replace(base, **sections)
+    if whole and "options" in values.get("reward", {}):
+        base = dataclasses.replace(base, reward=dataclasses.replace(base.reward, options=()))
     given = "heldout" in values.get("prompts", {})
-    return _drop_inherited(base, dataclasses.replace(base, **sections), heldout_given=given)
+    return _drop_inherited(base, config, heldout_given=given)
 
 
 def to_yaml(config: Config) -> str:
@@ -366,14 +371,26 @@ def _drop_inherited(base: Config, config: Config, *, heldout_given: bool) -> Con
     """Keep of the base's options what is not given anew, and leave out what has lost its owner.
 
     Options of rewards are laid over the base's one by one: `clip.scale=logit` leaves `clip.model`
-    as it was. The options of a reward go with the reward, and the held-out list with the training
-    list: it is held out from that one.
+    as it was. The options of a reward go with the reward, which is another one if it is found
+    elsewhere: `my/clip.py` has those of no built-in `clip`. The held-out list goes with the
+    training list: it is held out from that one. An embedded checkpoint goes with the embedded
+    world: it is no judge of other prompts that another model draws.
     """
     rewards = (*config.reward.rewards, *config.eval.gold)
     given = config.reward.options
+    if given == base.reward.options:  # as they are where no flag or file has any
+        given = ()
     named = {option.partition("=")[0].strip() for option in given}
     inherited = [o for o in base.reward.options if o.partition("=")[0].strip() not in named]
-    inherited = [o for o in _options_of(rewards, inherited) if o not in given]
+    same = {spec.spec for spec in parse_reward_specs((*base.reward.rewards, *base.eval.gold))}
+    kept = [r for r in rewards if {spec.spec for spec in parse_reward_specs([r])} <= same]
+    inherited = [o for o in _options_of(kept, inherited) if o not in given] if kept else []
+    if (
+        config.model.pretrained != base.model.pretrained
+        and config.prompts.train != base.prompts.train
+    ):
+        embedded = embedded_checkpoints()
+        inherited = [o for o in inherited if o.partition("=")[2] not in embedded]
     in_use = _options_of(rewards, given)
     own = [o for o in given if o in in_use or o not in base.reward.options]
     options = (*inherited, *own)

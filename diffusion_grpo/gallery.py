@@ -147,9 +147,15 @@ class Gallery:
         """Return a reward's scores of a sheet, float64 [B]; NaN where it failed."""
         return np.array(entry.scores[name], np.float64)
 
-    def truncate_after(self, done: int) -> None:
-        """Forget what came after `done` iterations, before a run goes on from its checkpoint."""
-        last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", done))
+    def truncate_after(self, done: int, *, evaluated: bool = True) -> None:
+        """Forget what came after `done` iterations, before a run goes on from its checkpoint.
+
+        Args:
+            done: iterations.
+            evaluated: keep the evaluation after the last of them.
+        """
+        kept = done if evaluated or not done else done - 1
+        last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", kept))
         self._last = {}
         for kind, iteration in last:
             entries = self.entries(kind)

@@ -59,8 +59,10 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether any process is to stop; all of them learn the same at the same point."""
         said = exchange([self.requested, self.preempted], "whether to stop")
-        self.requested, self.preempted = (any(flags) for flags in zip(*said, strict=True))
-        return self.requested
+        asked, preempted = (any(flags) for flags in zip(*said, strict=True))
+        if asked:  # else a signal that came in the meantime waits for the next time
+            self.requested, self.preempted = True, preempted
+        return asked
 
     def check(self) -> None:
         """Raise `StopNow` if any process is to stop; all have to come here as often."""

@@ -12,6 +12,7 @@ import numpy as np
 from diffusion_grpo.advantages import (
     RewardHistory,
     best_and_worst,
+    clip_advantages,
     running_advantages,
     uninformative_groups,
     weighted_advantages,
@@ -96,7 +97,7 @@ def image_advantages(
         penalty: `[B]`, subtracted from the total: β KL where that is in the reward.
 
     Returns:
-        Advantages `[B]`, float32, clipped.
+        Advantages `[B]`, float32; of each reward clipped before they are weighted.
     """
     (rows,) = np.nonzero(kept)
     total = jnp.asarray(total)[rows]
@@ -116,16 +117,21 @@ def image_advantages(
                 min_count=options.running_min,
                 eps=options.advantage_eps,
             )
+            advantages = clip_advantages(advantages, options.advantage_clip, options.advantage)
             parts.append(factors[name] * advantages)
         advantages = jnp.stack(parts).sum(axis=0)
     else:
         advantages = weighted_advantages(
-            rewards, factors, group_size, kind=options.advantage, eps=options.advantage_eps
+            rewards,
+            factors,
+            group_size,
+            kind=options.advantage,
+            eps=options.advantage_eps,
+            clip=options.advantage_clip,
         )
         if penalty is not None:
             flat = jnp.repeat(uninformative_groups(total, group_size), group_size)
             advantages = jnp.where(flat, 0.0, advantages)
-    advantages = jnp.clip(advantages, -options.advantage_clip, options.advantage_clip)
     if len(rows) < len(kept):
         advantages = jnp.zeros(len(kept), jnp.float32).at[rows].set(advantages)
     return advantages, after
@@ -176,13 +182,16 @@ class Learner:
             if options.combine == "advantages"
             else ["total"]
         )
-        history = {name: RewardHistory.empty(num_prompts, options.running_size) for name in names}
+        histories = {}
+        if options.advantage == "running":  # of a long list they are large
+            empty = RewardHistory.empty(num_prompts, options.running_size)
+            histories = dict.fromkeys(names, empty)
         train = TrainState(params, self._optimizer.init(params), average, jnp.int32(0))
         return LearnerState(
             train=self.place(train),
             old=self.place(_copy(reference)) if options.algorithm == "nft" else None,
             beta=jnp.float32(options.beta),
-            history=history if options.advantage == "running" else {},
+            history=histories,
         )
 
     def schedule(self, iteration: int) -> Schedule:

@@ -23,7 +23,7 @@ class GRPOOptions(Section):
     advantage_eps: float = 1e-8
     """eps of the advantage, in units of the reward."""
     advantage_clip: float = 5.0
-    """Advantages are clipped to this many standard deviations, both ways."""
+    """Advantages are clipped to this many standard deviations both ways, each reward's its own."""
     combine: Literal["rewards", "advantages"] = "rewards"
     """Weight and sum several rewards, or the advantages of each of them (GDPO)."""
     running_size: int = 32

@@ -43,6 +43,12 @@ _PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
+_BLOCKS = (
+    ("input_blocks", "middle_block", "output_blocks"),
+    ("down_blocks", "mid_block", "up_blocks"),
+)
+# Of these beginnings PEFT takes the first product out of the base that it loads.
+_SUBTRACTED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _BARE = re.compile(r"base_model\.model\.encoder\.layers\.")
 _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down|lora(?:_linear_layer)?\.down)"
@@ -68,7 +74,8 @@ def write_lora(adapters: Adapters, file: Path, *, dtype: Any = np.float32) -> Pa
     entries: dict[str, Entry] = {}
     for part, factors in adapters.items():
         for path, (a, b, scale) in factors.items():
-            bare = part == "unet" or path.startswith("text_model.")
+            # Beside `text_model`, not in it, stands SDXL's projection.
+            bare = part == "unet" or path.startswith(("text_model.", "text_projection"))
             name = f"{part}.{'' if bare else 'text_model.'}{path}"
             entries[f"{name}.lora_A.weight"] = _entry(a, 1.0)
             entries[f"{name}.lora_B.weight"] = _entry(b, scale)
@@ -134,7 +141,11 @@ def read_lora(source: str | Path, model: StableDiffusion) -> dict[str, dict[str,
     settings = _settings(file)
     names = {part: _names(model, part) for part in PARTS}
     found: dict[tuple[str, str], dict[str, str]] = {}
+    # A file with the blocks of both Stability AI's and Diffusers' names has the latter, as there.
+    twice = all(any(block in name for name in tensors for block in blocks) for blocks in _BLOCKS)
     for tensor in tensors:
+        if twice and any(block in tensor for block in _BLOCKS[0]):
+            continue
         match = _TENSOR.fullmatch(_OLD_ATTENTION.sub(_todays_attention, tensor))
         if match is None:
             raise UsageError(
@@ -151,7 +162,13 @@ def read_lora(source: str | Path, model: StableDiffusion) -> dict[str, dict[str,
                 "linear layer or convolution of that name: the file is for another model"
             )
         kind = "a" if match["down"] else "b" if match["up"] else "alpha"
-        found.setdefault((part, path), {})[kind] = tensor
+        kinds = found.setdefault((part, path), {})
+        if kind in kinds:
+            raise UsageError(
+                f"{file}: tensors {kinds[kind]!r} and {tensor!r} are for the same layer; expected "
+                "one adapter: write two files, and give both"
+            )
+        kinds[kind] = tensor
     adapters: dict[str, dict[str, Factors]] = {}
     for (part, path), kinds in found.items():
         if not {"a", "b"} <= kinds.keys():
@@ -164,7 +181,7 @@ def read_lora(source: str | Path, model: StableDiffusion) -> dict[str, dict[str,
         if "alpha" in kinds:
             scale = float(tensors[kinds["alpha"]].astype(np.float32).reshape(())) / a.shape[-1]
         else:
-            scale = _scale(settings.get(part, {}), path, a.shape[-1])
+            scale = _scale(settings.get(part, {}), part, path, a.shape[-1])
         adapters.setdefault(part, {})[path] = Factors(a, b, scale)
     return adapters
 
@@ -267,8 +284,17 @@ def _factor(tensor: np.ndarray, ndim: int) -> Any:
 
 def _settings(file: Path) -> dict[str, dict[str, Any]]:
     """Return PEFT's settings of each part: beside PEFT's own files, or in Diffusers' header."""
-    if file.name == PEFT_FILE and (file.parent / "adapter_config.json").is_file():
-        return dict.fromkeys(PARTS, read_json(file.parent / "adapter_config.json"))
+    beside = file.parent / "adapter_config.json"
+    if file.name == PEFT_FILE and beside.is_file():
+        found = read_json(beside)
+        begun = str(found.get("init_lora_weights")).lower()
+        if begun.startswith(_SUBTRACTED):
+            raise UsageError(
+                f"{beside}: init_lora_weights is {begun!r}, an adapter to a base of which its "
+                "first product was taken out; expected one to the checkpoint as it is: write it "
+                "anew by PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            )
+        return dict.fromkeys(PARTS, found)
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     packed = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
@@ -282,11 +308,13 @@ def _settings(file: Path) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _scale(settings: Mapping[str, Any], path: str, rank: int) -> float:
+def _scale(settings: Mapping[str, Any], part: str, path: str, rank: int) -> float:
     """Return α/r by PEFT's settings; without any it is 1, as Diffusers has it."""
     alpha = settings.get("lora_alpha", rank)
+    # Transformers 4 has a `text_model` around every text encoder.
+    paths = (path,) if part == "unet" else (path, f"text_model.{path}")
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|\.)(?:{pattern})$", path):
+        if any(re.search(rf"(^|\.)(?:{pattern})$", name) for name in paths):
             alpha = value
             break
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)

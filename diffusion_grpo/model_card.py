@@ -24,21 +24,28 @@ pipe.load_lora_weights("PATH/TO/THIS/DIRECTORY")
 """,
 }
 _IMPORTS = {
-    "diffusers": "DiffusionPipeline",
-    "merged": "DiffusionPipeline, UNet2DConditionModel",
-    "lora": "DiffusionPipeline",
+    "diffusers": "DDIMScheduler, DiffusionPipeline",
+    "merged": "DDIMScheduler, DiffusionPipeline, UNet2DConditionModel",
+    "lora": "DDIMScheduler, DiffusionPipeline",
 }
 
 
 def model_card(
-    run: Path, kind: str, sampling: SamplingDefaults, *, iteration: int | None = None
+    run: Path,
+    kind: str,
+    sampling: SamplingDefaults,
+    *,
+    clip_sample: bool = False,
+    iteration: int | None = None,
 ) -> str:
     """Return the card of a run's model as Markdown, with the front matter that hubs read.
 
     Args:
         run: the run directory; `config.yaml` is there, `evaluation.json` if the run is finished.
         kind: what stands beside the card: diffusers, merged or lora.
-        sampling: what the model was evaluated with.
+        sampling: what the model was evaluated with, and trained in: DDIM steps, whatever sampler
+            the checkpoint names.
+        clip_sample: of the checkpoint's schedule.
         iteration: of the checkpoint that it is the model of, if not of the end of the run.
     """
     text = (run / "config.yaml").read_text(encoding="utf-8")
@@ -70,6 +77,10 @@ def model_card(
         "tags": ["text-to-image", "diffusion-grpo", *(["lora"] if kind == "lora" else [])],
     }
     example = f"from diffusers import {_IMPORTS[kind]}\n\n{_LOADING[kind].format(base=source)}"
+    example += (
+        "pipe.scheduler = DDIMScheduler.from_config(\n"
+        f"    pipe.scheduler.config, clip_sample={clip_sample}\n)\n"
+    )
     given = ", ".join(f"{name}={value}" for name, value in settings.items())
     said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     example += f"image = pipe(\n    PROMPT, {given}\n).images[0]\n"
@@ -82,7 +93,7 @@ def model_card(
         f"`{base}` comes with diffusion-grpo: it is in `assets/` of a checkout.\n"
         if embedded and kind != "diffusers"
         else "",
-        f"The results are for {said}.\n",
+        f"The results are for DDIM steps, {said}.\n",
         _results(run),
         f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
     ]

@@ -38,14 +38,23 @@ def check_directory(config: Config, resume: bool) -> Path:
     """Find out whether a run can be written to its directory, without leaving anything there.
 
     Raises:
-        UsageError: it holds a run and this is no resume, or none and this is one; it cannot
-            be written.
+        UsageError: it holds a run and this is no resume, or none and this is one; its run is
+            finished, and its checkpoints are gone; it cannot be written.
     """
     directory = Path(config.run.output)
     held = (directory / "config.yaml").is_file()
     mend = "choose another with --run.output"
     if resume and not held:
         raise UsageError(f"{directory} holds no run to resume: config.yaml is not there")
+    folder = directory / "checkpoints"
+    saved = folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+    ended = [name for name in ("evaluation.json", "final") if (directory / name).exists()]
+    if resume and ended and not saved:
+        raise UsageError(
+            f"{directory} holds a finished run ({ended[0]}), but {folder} has no checkpoint to go "
+            "on from; put it back, or begin another run with what this one trained: "
+            f"`diffusion-grpo train --model {directory / 'final'}` and its options"
+        )
     if not resume and held:
         raise UsageError(
             f"output directory {directory} holds another run; {mend}, or go on with it by "
@@ -89,7 +98,9 @@ def check_prompts(
         (rewards, evaluation),
         *([(gold, evaluation)] if gold is not None else []),
     ):
-        texts, metadata = [p.text for p in chosen], [p.metadata for p in chosen]
+        # A long list of combinations is not made for those that judge any prompt.
+        some = chosen if judges.checks_prompts else chosen[:0]
+        texts, metadata = [p.text for p in some], [p.metadata for p in some]
         judges.check(texts, metadata, group_size=group_size, what=what)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_grpo.config import Config
+from diffusion_grpo.errors import RunError, UsageError
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize
 from diffusion_grpo.gallery import Entry, Gallery, contact_sheet
@@ -24,6 +26,7 @@ REPORT_SECONDS = 60.0  # the least time between two reports
 # What `best.json` says where neither best/ nor final/ is the best model.
 UNTRAINED = "the untrained model"
 NOT_KEPT = "not kept (eval.keep_best is False)"
+LOST = "not kept (the run ended there, and was made longer)"
 
 
 class Recorder:
@@ -35,6 +38,7 @@ class Recorder:
         directory: Path,
         *,
         start: int = 0,
+        evaluated: bool = True,
         gold: Mapping[str, float] | None = None,
     ) -> None:
         """Open the records of a run, and forget what came after `start` iterations.
@@ -43,17 +47,19 @@ class Recorder:
             config: the run's.
             directory: of the run.
             start: iterations done before.
+            evaluated: whether the evaluation after them was one within the run, and finished; that
+                of a shorter run's end is forgotten.
             gold: name → weight of the gold rewards, as they are in the evaluations' scores.
 
         Raises:
             UsageError: a tracker that is asked for is not installed.
         """
         self.gallery = Gallery(directory)
-        self.gallery.truncate_after(start)
+        self.gallery.truncate_after(start, evaluated=evaluated)
         (directory / EARLY_STOP_FILE).unlink(missing_ok=True)
         self._directory = directory
         self._gold = dict(gold or {})
-        self._patience = config.eval.patience
+        self._patience, self._keep_best = config.eval.patience, config.eval.keep_best
         self._trackers = make_trackers(config, directory, start=start)
         self._report = config.run.report
         self._report_due = -math.inf
@@ -63,11 +69,13 @@ class Recorder:
         """Return the recorder itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the trackers, and write the report once more."""
         for tracker in self._trackers:
             tracker.close()
-        self.report(now=True)
+        # What ended the run may be what the report cannot be written for; it is told, not this.
+        with contextlib.suppress(*(() if kind is None else (RunError,))):
+            self.report(now=True)
 
     def rollout(
         self,
@@ -143,10 +151,6 @@ class Recorder:
         self.report()
         return summary
 
-    def has_evaluation(self, done: int) -> bool:
-        """Whether there was an evaluation after `done` iterations."""
-        return any(entry.iteration == done for entry in self._evaluations())
-
     def quality(self, done: int) -> float:
         """Return the mean that `is_best` compares, of the evaluation after `done` iterations."""
         return {entry.iteration: self._quality(entry) for entry in self._evaluations()}[done]
@@ -173,7 +177,7 @@ class Recorder:
         if where != "best/" and folder.is_dir():
             shutil.rmtree(folder)
         if where == "best/" and not folder.is_dir():
-            where = NOT_KEPT
+            where = LOST if self._keep_best else NOT_KEPT
         found = {"iterations": best, "mean": means[best], "by": list(self._gold) or ["total"]}
         text = json.dumps(found | {"model": where}, indent=2)
         (self._directory / "best.json").write_text(text + "\n", encoding="utf-8")
@@ -206,10 +210,16 @@ class Recorder:
         """Refresh `report.html`, now and then unless it has to be `now`.
 
         At most once a minute, and so seldom that it takes no more than a fiftieth of the time.
+
+        Raises:
+            RunError: it cannot be written.
         """
         began = time.monotonic()
         if self._report and (now or began >= self._report_due):
-            write_report(self._directory)
+            try:
+                write_report(self._directory)
+            except UsageError as error:
+                raise RunError(str(error)) from error
             ended = time.monotonic()
             self._report_due = ended + max(REPORT_SECONDS, 50 * (ended - began))
 

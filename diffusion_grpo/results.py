@@ -163,5 +163,10 @@ def export(
             config.rollout.width,
         )
         dataclasses.replace(model, sampling=sampling, **parts).save_pretrained(directory)
-        card = model_card(run or directory.parent, "diffusers", sampling)
+        card = model_card(
+            run or directory.parent,
+            "diffusers",
+            sampling,
+            clip_sample=model.scheduler_config.clip_sample,
+        )
         (directory / "README.md").write_text(card, encoding="utf-8")

@@ -26,6 +26,7 @@ the contract.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -224,6 +225,11 @@ class RewardSet:
             max_dropped,
         )
 
+    @property
+    def checks_prompts(self) -> bool:
+        """Whether a reward says, by a `check` of its own, which prompts it can judge."""
+        return any(hasattr(reward.function, "check") for reward in self.rewards)
+
     def check(
         self,
         prompts: Sequence[str],
@@ -252,7 +258,7 @@ class RewardSet:
                 )
             check = getattr(reward.function, "check", None)
             if check is not None:
-                check(list(prompts), [dict(item) for item in metadata])
+                check(list(prompts), [copy.deepcopy(dict(item)) for item in metadata])
 
     def start(
         self,

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import tyro
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.output_files import check_output
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _AT_ONCE = 64  # images read and scored at a time
@@ -100,15 +102,7 @@ def score(options: ScoreOptions) -> int:
     if options.group_size < 1:
         raise UsageError(f"group_size is {options.group_size}; expected 1 or more")
     convert_option("--combine", options.combine, Combination)
-    suffix = options.output.suffix
-    if suffix not in (".jsonl", ".csv"):
-        raise UsageError(
-            f"output {str(options.output)!r} ends in {suffix!r}; expected .jsonl or .csv"
-        )
-    if not options.output.absolute().parent.is_dir():
-        raise UsageError(
-            f"output {str(options.output)!r}: its folder does not exist; create it first"
-        )
+    output = check_output(options.output, (".jsonl", ".csv"))
     files = find_images(options.images)
     texts, metadata = prompts_of(files, options.prompts, options.group_size)
     batches = plan_batches(files, options.group_size)
@@ -136,7 +130,6 @@ def score(options: ScoreOptions) -> int:
         | {name: float(values[i]) for name, values in scores.items()}
         for i, (file, text) in enumerate(zip(files, texts, strict=True))
     ]
-    _write(options.output, rows)
     for name, values in scores.items():
         print(
             f"{name}: mean {values.mean():.4f}, std {values.std():.4f}, "
@@ -144,7 +137,8 @@ def score(options: ScoreOptions) -> int:
         )
         if group_size is not None:
             print(f"  {_spread(values, group_size)}")
-    print(options.output)
+    _write(output, rows)
+    print(output)
     return 0
 
 
@@ -180,7 +174,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def find_images(given: Sequence[str]) -> list[Path]:
-    """List image files, those of a folder by name.
+    """List image files, those of a folder by name, where 2.png comes before 10.png.
 
     Raises:
         UsageError: a path that is not there or no image, or no image at all.
@@ -194,7 +188,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
                 raise UsageError(
                     f"images {name!r}: no {', '.join(IMAGE_SUFFIXES)} file in this folder"
                 )
-            files += sorted(inside)
+            files += sorted(inside, key=_natural)
         elif not path.is_file():
             raise UsageError(f"images {name!r}: no such file or folder")
         else:
@@ -202,6 +196,12 @@ def find_images(given: Sequence[str]) -> list[Path]:
     if not files:
         raise UsageError("no image given; expected files or folders after --images")
     return files
+
+
+def _natural(file: Path) -> tuple[Any, ...]:
+    """Return what sorts names by the numbers in them."""
+    parts = [part for part in re.split(r"(\d+)", file.name) if part]
+    return (*((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts), (2, 0, file.name))
 
 
 def prompts_of(
@@ -224,7 +224,12 @@ def prompts_of(
         print("no --prompts: images are scored with empty prompts", file=sys.stderr)
         return [""] * count, [{}] * count
     prompts = load_prompts(name)
-    if all("image" in prompt.metadata for prompt in prompts):
+    named = sum("image" in prompt.metadata for prompt in prompts)
+    if 0 < named < len(prompts):
+        raise UsageError(
+            f"prompts {name!r}: {named} of {len(prompts)} name their image; expected all or none"
+        )
+    if named:
         chosen = prompts_by_image(files, prompts, where=f"prompts {name!r}")
     else:
         each = {count: 1, count // group_size: group_size, 1: count}.get(len(prompts))
@@ -235,7 +240,17 @@ def prompts_of(
                 f"{count} (one an image){groups} or 1"
             )
         chosen = [prompt for prompt in prompts for _ in range(each)]
-    return [prompt.text for prompt in chosen], [prompt.metadata for prompt in chosen]
+    texts = [prompt.text for prompt in chosen]
+    for start in range(0, count, group_size):
+        first, *others = texts[start : start + group_size]
+        for place, text in enumerate(others, start + 1):
+            if text != first:
+                raise UsageError(
+                    f"--group-size is {group_size}, but {files[start]} and {files[place]} have the "
+                    f"prompts {first!r} and {text!r}; expected one prompt a group: order the "
+                    "images by prompt, or leave --group-size out"
+                )
+    return texts, [prompt.metadata for prompt in chosen]
 
 
 def plan_batches(files: Sequence[Path], group_size: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ Everything here is about a single reward; `reward_scoring` runs several beside e
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -199,7 +200,7 @@ class RewardRun:
         reward = self.reward
         # Copies: a reward that works in place must not change what the next one sees.
         images = as_float(batch.pixels) if reward.on_device else np.array(batch.pixels)
-        details = [dict(item) for item in batch.metadata]
+        details = [copy.deepcopy(dict(item)) for item in batch.metadata]
         try:
             returned = reward.function(images, list(batch.prompts), details)
         except RewardError as error:  # says itself what the user has to know

@@ -18,7 +18,7 @@ from diffusion_grpo.faults import check_present
 from diffusion_grpo.gallery import ROLLOUT_TILE, reduced
 from diffusion_grpo.grids import image_grid
 from diffusion_grpo.images import save_image
-from diffusion_grpo.mesh import own_rows
+from diffusion_grpo.mesh import own_places, own_rows
 from diffusion_grpo.metrics import MetricsLog, Progress, read_metrics
 from diffusion_grpo.recorder import Recorder
 from diffusion_grpo.results import describe, save_evaluation_grid, save_results
@@ -27,6 +27,8 @@ from diffusion_grpo.stats import MONITORS, diversity, monitor
 
 # Images of an iteration that are measured; all of a large one would take seconds.
 MEASURED = 32
+# A metric of iterations that were evaluated.
+EVALUATED = "eval/reward/mean"
 
 
 class RunOutput:
@@ -62,6 +64,11 @@ class RunOutput:
         self._config, self._directory, self._start = config, directory, start
         self._done = start
         self._log, self._recorder = log, None
+        self._last: dict[str, Any] = {}  # the metrics of the last iteration, where it goes on
+        if start and log is not None:
+            rows = [row for row in read_metrics(log.path) if row["iteration"] == start - 1]
+            self._last = {key: value for row in rows for key, value in row.items()}
+            self._last.pop("iteration", None)
         self._progress = Progress(
             config.run.iterations,
             start=start,
@@ -78,7 +85,11 @@ class RunOutput:
             stack.enter_context(self._progress)
             if self._log is not None:
                 recorder = Recorder(
-                    self._config, self._directory, start=self._start, gold=self._gold
+                    self._config,
+                    self._directory,
+                    start=self._start,
+                    evaluated=EVALUATED in self._last,
+                    gold=self._gold,
                 )
                 self._recorder = stack.enter_context(recorder)
             self._stack = stack.pop_all()
@@ -128,20 +139,27 @@ class RunOutput:
             advantages: [B].
 
         Returns:
-            What `stats` measures: the diversity of the groups, and the means over about `MEASURED`
-            of the images, evenly from all; nothing in a process that writes nothing.
+            What `stats` measures: the diversity of the groups, of the gallery's tiles, and the
+            means over `MEASURED` of the images, evenly from all; nothing in a process that writes
+            nothing.
         """
         if self._recorder is not None:
             check_present(self._directory)
-        tiles = own = np.asarray(own_rows(images))
-        share = -(-MEASURED // processes.count())
-        some = np.unique(np.linspace(0, len(own) - 1, share, dtype=int))
-        found = np.stack(list(monitor(own[some]).values()), axis=1).astype(np.float32)
+        own = np.asarray(own_rows(images))
+        # The same images, however many processes there are.
+        some = np.unique(np.linspace(0, len(images) - 1, MEASURED, dtype=int))
+        places = own_places(len(images))
+        here = some[(places.start <= some) & (some < places.stop)] - places.start
+        found = np.zeros((len(own), len(MONITORS)), np.float32)
+        if len(here):
+            found[here] = np.stack(list(monitor(own[here]).values()), axis=1)
+        tiles = reduced(own, ROLLOUT_TILE)
         if processes.count() > 1:
-            tiles = processes.gather_rows(reduced(own, ROLLOUT_TILE), "the gallery's images")
+            tiles = processes.gather_rows(tiles, "the gallery's images")
             found = processes.gather_rows(found, "what was measured of the images")
         if self._recorder is None:
             return {}
+        found = found[some]
         size = self._config.rollout.images_per_prompt
         self._recorder.rollout(
             iteration,
@@ -184,17 +202,13 @@ class RunOutput:
         reason = None if self._recorder is None else self._recorder.stop_reason()
         return processes.of_leader(reason, "whether to stop early")
 
-    def unevaluated(self, done: int) -> dict[str, Any] | None:
-        """Return the metrics of the last of `done` iterations if its evaluation was not finished.
+    def unevaluated(self) -> dict[str, Any] | None:
+        """Return the metrics of a resumed run's last iteration, to which an evaluation belongs.
 
-        None if it was, or in every process if nothing of it was written.
+        None if they have it. A run was stopped within it, or had its end there and was made longer.
         """
-        metrics = None
-        if self._log is not None and self._recorder is not None:
-            rows = [row for row in read_metrics(self._log.path) if row["iteration"] == done - 1]
-            if rows and not self._recorder.has_evaluation(done):
-                metrics = {name: value for name, value in rows[-1].items() if name != "iteration"}
-        return processes.of_leader(metrics, "what was not evaluated")
+        found = None if EVALUATED in self._last else self._last
+        return processes.of_leader(found, "what was not evaluated")
 
     def metrics(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of an iteration, in the place of what was written of it before."""

@@ -42,6 +42,7 @@ _SIGMA_CHOICES: dict[str, tuple[Any, ...]] = {
     "use_karras_sigmas": (False, True, None),
 }
 _SOLVER_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "ddpm": {"variance_type": ("fixed_small", "fixed_small_log", None)},
     "euler": _SIGMA_CHOICES | {"interpolation_type": ("linear",)},
     "dpm++": _SIGMA_CHOICES
     | {

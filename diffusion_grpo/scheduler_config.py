@@ -68,11 +68,11 @@ PIPELINE_CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "StableDiffusionPipelineSafe": _OFFSET_UNCLIPPED,
 }
 
-# Fields that Diffusers' Euler and multistep DPM-Solver read; DDIM never does.
+# Fields that Diffusers' DDPM, Euler and multistep DPM-Solver read; DDIM never does.
 SOLVER_FIELDS = frozenset(
     "algorithm_type euler_at_final final_sigmas_type interpolation_type lambda_min_clipped "
     "lower_order_final solver_order solver_type use_beta_sigmas use_exponential_sigmas "
-    "use_karras_sigmas use_lu_lambdas".split()
+    "use_karras_sigmas use_lu_lambdas variance_type".split()
 )
 
 # Fields that steer another class' solver, or an option that is off: no sampler of ours reads them.
@@ -117,7 +117,7 @@ class SchedulerConfig:
             samplers have a default of their own, see `solver_spacing`. Not part of equality, which
             is that of the noise schedule and of DDIM steps.
         solver_options: the file's fields among `SOLVER_FIELDS`, with the values that it has. Only
-            the samplers `euler` and `dpm++` read them. Not part of equality either.
+            the samplers `ddpm`, `euler` and `dpm++` read them. Not part of equality either.
 
     Raises:
         UsageError: a value is outside its range or not among its choices.

@@ -153,6 +153,8 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                 start, restored, damaged = checkpoints.restore(template)
             state = jax.tree.unflatten(structure, restored["leaves"])
             notes = [*notes, *damaged]
+        elif resume:
+            notes = [*notes, "there is no checkpoint yet: it begins with the first iteration"]
         log = MetricsLog(directory) if leads() else None
         if log is not None:
             log.truncate_after(start - 1)
@@ -196,8 +198,10 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             return found
 
         done = encoded = start
-        if start and evaluation_due(config, start) and (metrics := output.unevaluated(start)):
-            evaluate(start, metrics, time.perf_counter())
+        if start and evaluation_due(config, start):
+            metrics = output.unevaluated()
+            if metrics is not None:
+                evaluate(start, metrics, time.perf_counter())
         if stopped := output.stop_reason():  # it was ended between this and its end
             output.message(stopped)
         for iteration in range(start, start if stopped else config.run.iterations):
@@ -252,7 +256,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                     output=decoded_and_scored(decode, chunks, scoring, stop.check),
                 )
                 images = join_rows(chunks)
-                images.block_until_ready()
+                jax.block_until_ready((images, drawn.kl))
                 sampled = time.perf_counter()
                 result = scoring.result()
             for note in result.notes:
@@ -298,14 +302,14 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             }
             done = iteration + 1
             metrics |= output.rollout(iteration, images, texts, result, advantages)
-            stopped = quality = None
-            if evaluation_due(config, done):
-                stopped, quality = evaluate(done, metrics, updated)
-            elif done % config.run.log_every == 0:
-                output.metrics(iteration, metrics)
             if config.run.sample_every and done % config.run.sample_every == 0:
                 each = [prompt.text for _, prompt in batch]
                 output.samples(done, images, each, metrics["reward/mean"])
+            stopped = quality = None
+            if evaluation_due(config, done):
+                stopped, quality = evaluate(done, metrics, time.perf_counter())
+            elif done % config.run.log_every == 0:
+                output.metrics(iteration, metrics)
             if save_due(config, done) or quality is not None:
                 checkpoints.save(done, leaves(state), quality=quality)
             output.update(done, metrics)

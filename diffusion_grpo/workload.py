@@ -165,10 +165,10 @@ class Workload:
         with self.rewards.start(texts, metadata, group_size=size) as scoring:
             chunks: list[jax.Array] = []
             self.sample(output=decoded_and_scored(self.decoder, chunks, scoring))
-            jnp.concatenate(chunks).block_until_ready()
+            drawn = self._drawn()
+            jax.block_until_ready((jnp.concatenate(chunks), drawn.kl))
             sampled = time.perf_counter()
             result = scoring.result()
-        drawn = self._drawn()
         advantages, history = image_advantages(
             self.config.grpo,
             result.scores,

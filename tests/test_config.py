@@ -43,6 +43,41 @@ def test_yaml_reads_back_to_the_same_config(name, tmp_path):
     assert load_config(str(path)) == config
 
 
+@pytest.mark.parametrize(
+    ("preset", "flags"),
+    [
+        ("demo-gold", ["--reward", "clip"]),
+        ("demo-gold", ["--eval.gold", "clip"]),
+        ("demo", ["--reward", "jpeg_size", "--eval.gold", "clip"]),
+        ("sd15", ["--reward", "my/clip.py", "--model", "a/b"]),
+    ],
+)
+def test_a_run_that_goes_on_has_the_reward_options_that_it_began_with(preset, flags, tmp_path):
+    config = load_config(preset, flags)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    again = load_config(str(path), ["--run.output", "x", "--iterations", "900"])
+    assert again.reward == config.reward
+    assert again.training_rewards() == config.training_rewards()
+    assert again.gold_rewards() == config.gold_rewards()
+
+
+def test_reward_options_are_not_inherited_by_what_they_do_not_suit():
+    # The user's own file is not the built-in reward of its name.
+    assert load_config("sd15", ["--reward", "my/clip.py"]).reward.options == ()
+    # The embedded CLIP knows captions of shapes; of another model it may judge those still.
+    sd, animals = ["--model", "a/sd"], ["--prompts", "animals"]
+    shapes = "clip.model=shapes-clip"
+    assert shapes not in load_config("demo", [*sd, *animals]).reward.options
+    assert shapes in load_config("demo", sd).reward.options
+    assert shapes in load_config("demo", animals).reward.options
+    mine = {"pretrained": "a/sd"}, {"train": "animals"}, {"rewards": ["clip"]}
+    config = from_dict(dict(zip(("model", "prompts", "reward"), mine, strict=True)))
+    assert config.reward.options == ()
+    given = load_config("demo", [*sd, *animals, "--reward.options", shapes])
+    assert shapes in given.reward.options
+
+
 def test_flags_are_laid_over_a_preset():
     flags = ["--grpo.clip-low", "1e-3", "--eval.gold", "jpeg_size", "my.py:f=2"]
     flags += ["--rollout.same_initial_noise", "True", "--prompts.heldout=None"]

@@ -143,7 +143,15 @@ def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_pa
 
     loaded, called = [], []
 
+    class DDIM:
+        @staticmethod
+        def from_config(scheduler, *, clip_sample):
+            assert (scheduler, clip_sample) == ("that of the file", False)
+            return "DDIM"
+
     class Pipe:
+        scheduler = types.SimpleNamespace(config="that of the file")
+
         @staticmethod
         def from_pretrained(*words, **options):
             loaded.append((words, options))
@@ -153,12 +161,13 @@ def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_pa
             pass
 
         def __call__(self, prompt, **options):
+            assert self.scheduler == "DDIM"
             called.append(options)
             return types.SimpleNamespace(images=[None])
 
     def run(text):
         code = text.split("```python\n")[1].split("```")[0].partition("\n")[2]
-        exec(code, {"DiffusionPipeline": Pipe, "PROMPT": "a cat"})
+        exec(code, {"DDIMScheduler": DDIM, "DiffusionPipeline": Pipe, "PROMPT": "a cat"})
 
     hub = card(revision="v2", variant="fp16")
     run(hub)

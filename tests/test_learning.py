@@ -308,6 +308,34 @@ def test_advantages_are_of_the_summed_reward_or_of_each():
     assert float(jnp.abs(ours).max()) == 0.5
 
 
+@pytest.mark.parametrize("kind", ["group_mean", "leave_one_out"])
+def test_advantages_in_units_of_the_reward_are_clipped_by_their_own_spread(kind):
+    rewards = np.array([0.0, 0.0, 0.0, 100.0, -1.0, 0.0, 0.0, 1.0], np.float32)
+    free, _ = advantages(GRPOOptions(advantage=kind), total=jnp.asarray(rewards))
+    np.testing.assert_allclose(
+        free, group_advantages(jnp.asarray(rewards), 4, kind=kind), rtol=1e-5
+    )
+    clipped, _ = advantages(
+        GRPOOptions(advantage=kind, advantage_clip=1.0), total=jnp.asarray(rewards)
+    )
+    spread = np.asarray(free).std()  # their mean is 0
+    np.testing.assert_allclose(clipped, np.clip(free, -spread, spread), rtol=1e-5)
+    thousandth, _ = advantages(
+        GRPOOptions(advantage=kind, advantage_clip=1.0), total=jnp.asarray(rewards / 1000)
+    )
+    np.testing.assert_allclose(1000 * thousandth, clipped, rtol=1e-4)
+
+
+def test_weights_of_advantages_count_beyond_the_clip():
+    options = GRPOOptions(combine="advantages", advantage_clip=1.0)
+    ours, _ = advantages(options)
+    each = [
+        np.clip(np.asarray(group_advantages(jnp.asarray(s), 4)), -1, 1) for s in SCORES.values()
+    ]
+    np.testing.assert_allclose(ours, 2 * each[0] - each[1], rtol=1e-5)
+    assert np.abs(ours).max() > 1
+
+
 def test_running_advantages_keep_a_history_of_each_reward():
     options = GRPOOptions(advantage="running", combine="advantages", running_min=3)
     empty = {name: RewardHistory.empty(2, 8) for name in SCORES}

@@ -1,5 +1,7 @@
 """Adapters in files: Diffusers with PEFT loads ours, and theirs and kohya's are read."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,12 +10,12 @@ from diffusers import DiffusionPipeline
 from flax import nnx
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch_checkpoints import write_family
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import Factors, attach_lora, lora_factors
-from diffusion_grpo.lora_files import FILE, original_name, read_lora, write_lora
+from diffusion_grpo.lora_files import FILE, _scale, original_name, read_lora, write_lora
 from diffusion_grpo.pretrained import StableDiffusion
 
 TARGETS = ("to_q", r"to_out\.0", r"resnets\.\d+\.conv1", r"\w+samplers\.0\.conv", "proj_in")
@@ -140,6 +142,70 @@ def test_what_kohya_s_scripts_write_is_read(blocks, factors, sdxl, model, tmp_pa
     pipe.load_lora_weights(file)  # its own table of the names
     _assert_adds(found, _fused(pipe))
     assert len(found) == len(tensors) / 3 > 4
+
+
+def _kohya(factors, name_of, scale):
+    """Tensors as kohya's scripts name them, of the layers of attention."""
+    tensors = {}
+    for path, (a, b, _) in factors.items():
+        if ".attn" in path:
+            layer = "lora_unet_" + name_of(path).replace(".", "_")
+            tensors[f"{layer}.lora_down.weight"] = np.ascontiguousarray(np.asarray(a).T)
+            tensors[f"{layer}.lora_up.weight"] = np.ascontiguousarray(scale * np.asarray(b).T)
+    return tensors
+
+
+def test_of_blocks_that_are_named_in_both_ways_one_set_is_read_as_in_diffusers(
+    factors, sdxl, model, tmp_path
+):
+    originals = _kohya(factors, lambda path: original_name(path, model.unet.config), 3)
+    file = tmp_path / "both.safetensors"
+    save_file(originals | _kohya(factors, lambda path: path, 1), file)
+    found = read_lora(file, model)["unet"]
+    pipe = DiffusionPipeline.from_pretrained(sdxl)
+    pipe.load_lora_weights(file)
+    _assert_adds(found, _fused(pipe))
+
+
+def test_two_adapters_of_a_layer_in_one_file_are_refused(factors, model, tmp_path):
+    write_lora({"unet": factors}, tmp_path / FILE)
+    other = _kohya(factors, lambda path: path, 1)
+    save_file(load_file(tmp_path / FILE) | other, tmp_path / FILE)
+    with pytest.raises(UsageError, match="are for the same layer; expected one adapter"):
+        read_lora(tmp_path, model)
+
+
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_16", "OLoRA"])
+def test_an_adapter_to_a_base_that_was_changed_is_refused(begun, factors, model, tmp_path):
+    write_lora({"unet": factors}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"init_lora_weights": begun}))
+    with pytest.raises(UsageError, match="init_lora_weights is .*path_initial_model"):
+        read_lora(tmp_path, model)
+    (tmp_path / "adapter_config.json").write_text('{"init_lora_weights": true, "lora_alpha": 3}')
+    assert read_lora(tmp_path, model)["unet"].keys() == factors.keys()
+
+
+def test_an_alpha_of_a_pattern_is_found_by_the_names_of_transformers_4_too():
+    path = "encoder.layers.0.self_attn.q_proj"
+    for pattern in (f"text_model.{path}", r"text_model\..*q_proj", "q_proj", path):
+        settings = {"lora_alpha": 4, "alpha_pattern": {pattern: 16}}
+        assert _scale(settings, "text_encoder", path, 4) == 4.0, pattern
+        assert _scale(settings, "text_encoder", path.replace("q_proj", "k_proj"), 4) == 1.0
+
+
+def test_the_adapter_of_a_projection_is_written_where_diffusers_looks_for_it(sdxl, tmp_path):
+    model = StableDiffusion.from_pretrained(sdxl)
+    attach_lora(
+        model.text_encoder_2, ("text_projection", "q_proj"), rank=2, alpha=2.0, rngs=nnx.Rngs(0)
+    )
+    written = lora_factors(model.text_encoder_2)
+    write_lora({"text_encoder_2": written}, tmp_path / FILE)
+    pipe = DiffusionPipeline.from_pretrained(sdxl)
+    pipe.load_lora_weights(tmp_path)
+    a = pipe.text_encoder_2.text_projection.lora_A["default_0"].weight.detach().numpy()
+    np.testing.assert_allclose(a.T, np.asarray(written["text_projection"].a), rtol=1e-6)
+    fresh = StableDiffusion.from_pretrained(sdxl)
+    assert read_lora(tmp_path, fresh)["text_encoder_2"].keys() == written.keys()
 
 
 @pytest.mark.parametrize("names", ["today", "older"])

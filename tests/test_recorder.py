@@ -8,7 +8,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion_grpo.config import Config, EvalConfig, RunConfig
-from diffusion_grpo.errors import UsageError
+from diffusion_grpo.errors import Preempted, RunError, UsageError
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
 from diffusion_grpo.recorder import Recorder, early_stop_reason
@@ -74,9 +74,31 @@ def test_best_model_is_that_of_the_gold_reward_and_the_reason_to_stop_is_kept(tm
         assert iterations == [0, 2, 4]
 
 
+def test_an_evaluation_that_was_not_finished_is_forgotten(tmp_path):
+    with Recorder(config(tmp_path), tmp_path) as recorder:
+        for done, value in ((0, 0.1), (2, 0.9), (4, 0.5)):
+            recorder.evaluation(done, evaluation([value, value]))
+    with Recorder(config(tmp_path), tmp_path, start=4, evaluated=False) as recorder:
+        iterations = [entry.iteration for entry in recorder.gallery.entries("evaluation")]
+        assert iterations == [0, 2]
+        recorder.evaluation(6, evaluation([0.2, 0.2]))
+        assert "after 2 iterations: not kept (the run ended there" in recorder.settle_best(6)
+    with Recorder(config(tmp_path), tmp_path, start=0, evaluated=False) as recorder:
+        assert [e.iteration for e in recorder.gallery.entries("evaluation")] == [0]
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(tmp_path):
+    # No run is there, so that there can be no report.
+    settings = Config(run=RunConfig(output=str(tmp_path), report=True))
+    with pytest.raises(Preempted), Recorder(settings, tmp_path):
+        raise Preempted("stopped")
+    with pytest.raises(RunError), Recorder(settings, tmp_path):
+        pass
+
+
 def test_the_best_model_is_that_of_the_weighted_gold_rewards(tmp_path):
     golds = {"shapes": -3.0, "clip": 1.0}  # of the first, less is better
-    with Recorder(config(tmp_path), tmp_path, gold=golds) as recorder:
+    with Recorder(config(tmp_path, keep_best=False), tmp_path, gold=golds) as recorder:
         recorder.evaluation(0, evaluation([0.2, 0.2], [0.5, 0.5]))
         recorder.evaluation(2, evaluation([0.1, 0.1], [0.4, 0.4]))
         assert recorder.quality(2) == pytest.approx((-3 * 0.4 + 0.1) / 4)
@@ -136,6 +158,7 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     board.scalars(1, {"reward/mean": np.float32(0.25), "kl": 1})
     board.scalars(2, {"reward/mean": 0.5})
     board.close()
+    time.sleep(1.1)  # its files are read in the order of their names, which have whole seconds
     resumed = TensorBoard(tmp_path, start=1)
     resumed.scalars(2, {"reward/mean": 0.75})
     resumed.close()

@@ -90,6 +90,19 @@ def test_prompts_and_metadata_arrive_in_order_and_batches_are_cut_to_size() -> N
     np.testing.assert_array_equal(result.scores["reward"], images[:, 0, 0, 0])
 
 
+def test_metadata_is_each_images_own_down_to_its_lists() -> None:
+    def matched(images, prompts, metadata):
+        return [
+            len(item["objects"]) - len([item["objects"].pop() for _ in "ab"]) for item in metadata
+        ]
+
+    details = [{"objects": [1, 2, 3]}] * 4  # as of a group: one dictionary, G times
+    judges = rewards(matched=matched)
+    for _ in range(2):
+        assert judges(batch(), ["a"] * 4, details).total.tolist() == [1, 1, 1, 1]
+    assert details[0] == {"objects": [1, 2, 3]}
+
+
 def test_a_reward_that_works_in_place_does_not_change_what_the_next_one_sees() -> None:
     def spoil(images, prompts, metadata):
         images[:] = 0

@@ -149,6 +149,19 @@ def test_images_that_a_prompt_may_mean_alike_are_refused(folder, capsys, named, 
     assert [row["prompt"] for row in rows] == ["0", "1" if len(named) > 1 else "0"]
 
 
+def test_numbered_images_are_in_the_order_of_their_numbers(folder) -> None:
+    (folder / "many").mkdir()
+    for number in range(12):
+        Image.new("RGB", (8, 8)).save(folder / "many" / f"{number}.png")
+    (folder / "twelve.txt").write_text("".join(f"prompt {number}\n" for number in range(12)))
+    words = ["--reward", "bright.py", "--images", "many", "--prompts", "twelve.txt"]
+    assert main(["score", *words]) == 0
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert [(row["image"], row["prompt"]) for row in rows] == [
+        (f"many/{number}.png", f"prompt {number}") for number in range(12)
+    ]
+
+
 def test_groups_are_compared_and_rewards_combined(folder) -> None:
     (folder / "one.txt").write_text("a\nb\n")
     images = [f"pictures/{name}" for name in ("a.png", "b.png", "d.jpg", "a.png")]
@@ -179,11 +192,11 @@ def test_groups_are_compared_and_rewards_combined(folder) -> None:
         ),
         (
             ["--reward", "bright.py", "--images", "pictures", "--output", "scores.txt"],
-            "expected .jsonl or .csv",
+            "does not end in .jsonl or .csv",
         ),
         (
             ["--reward", "bright.py", "--images", "pictures", "--output", "no/scores.csv"],
-            "its folder does not exist",
+            "the folder 'no' does not exist",
         ),
         (
             ["--reward", "bright.py", "--images", "pictures", "--combine", "mim"],
@@ -193,11 +206,26 @@ def test_groups_are_compared_and_rewards_combined(folder) -> None:
             ["--reward", "bright.py", "--images", "pictures", "--prompts", "three.txt"],
             "has 3 prompts for 4 images; expected 4 (one an image) or 1",
         ),
+        (
+            ["--reward", "bright.py", "--images", "pictures", "--prompts", "some.jsonl"],
+            "1 of 2 name their image; expected all or none",
+        ),
+        (
+            [
+                *["--reward", "bright.py", "--images", "pictures", "--prompts", "four.txt"],
+                *["--group-size", "2"],
+            ],
+            "have the prompts 'a' and 'b'; expected one prompt a group",
+        ),
+        (["--reward", "bright.py", "--images", "pictures", "--output", "x.csv"], "is a folder"),
         (["--rewards", "bright.py"], "--reward"),
     ],
 )
 def test_what_cannot_be_scored_is_told_with_code_2(folder, capsys, words, message) -> None:
     (folder / "three.txt").write_text("a\nb\nc\n")
+    (folder / "four.txt").write_text("a\nb\nc\nd\n")
+    (folder / "some.jsonl").write_text('{"prompt": "a", "image": "a.png"}\n{"prompt": "b"}\n')
+    (folder / "x.csv").mkdir()
     assert main(["score", *words]) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "scores.jsonl").exists()

@@ -257,14 +257,21 @@ def test_a_run_that_is_made_longer_is_finished_no_more(flags):
         assert (directory / "evaluation.json").is_file()
     with make_directory(_config(flags, run__iterations=5), directory, resume=True):
         assert not (directory / "evaluation.json").exists()
+    # Of a finished run without its checkpoints nothing is taken away.
+    (directory / "final").mkdir()
+    with pytest.raises(UsageError, match=r"finished run \(final\).*no checkpoint to go on from"):
+        make_directory(_config(flags, run__iterations=5), directory, resume=True)
+    (directory / "checkpoints" / "2").mkdir(parents=True)
+    make_directory(_config(flags, run__iterations=5), directory, resume=True).__exit__()
     written = load_config(str(directory / "config.yaml"))
     assert written == _config(flags, run__iterations=5)
 
 
 @pytest.mark.slow
-def test_a_finished_run_that_is_made_longer_ends_as_one_that_was_as_long(flags, finished, capsys):
+def test_a_finished_run_that_is_made_longer_ends_as_one_that_was_as_long(flags, capsys):
     directory = Path(flags["--run.output"])
-    shutil.copytree(finished("lora"), directory)
+    flags |= {"--eval.every": "1"}
+    train(_config(flags))
     assert main(["train", "--resume", str(directory), "--iterations", "1"]) == 2
     assert "a run of 2; expected more" in capsys.readouterr().err
     assert main(["train", "--resume", str(directory), "--seed", "1"]) == 2
@@ -276,6 +283,9 @@ def test_a_finished_run_that_is_made_longer_ends_as_one_that_was_as_long(flags, 
     train(_config(flags | {"--run.output": str(whole)}, run__iterations=3))
     first, second = (load_file(folder / "final" / UNET) for folder in (directory, whole))
     assert all((first[name] == second[name]).all() for name in first)
+    assert lasting(directory) == lasting(whole)
+    assert (directory / "best.json").read_text() == (whole / "best.json").read_text()
+    assert (directory / "best").is_dir() == (whole / "best").is_dir()
 
 
 FAILING = """

@@ -7,7 +7,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -143,19 +142,3 @@ def read_prompts(
             raise UsageError("a prompt is empty; expected text")
         found += load_prompts(text[1:])[:limit] if text.startswith("@") else [Prompt(text)]
     return found[:limit]
-
-
-def check_output(path: Path, suffixes: Sequence[str]) -> Path:
-    """Check that a file can be written, before any work is done for it.
-
-    Raises:
-        UsageError: its suffix is another, or its folder does not exist.
-    """
-    path = path.expanduser()
-    if path.suffix.lower() not in suffixes:
-        raise UsageError(f"output {str(path)!r} does not end in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise UsageError(
-            f"output {str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first"
-        )
-    return path

@@ -14,12 +14,12 @@ from diffusion_grpo.commands.common import (
     Talk,
     check_counts,
     check_dtype,
-    check_output,
     parse,
     read_prompts,
 )
 from diffusion_grpo.commands.models import find_models, heldout_prompts, reward_options
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.output_files import check_output
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
 
@@ -88,6 +88,7 @@ def run(words: Sequence[str]) -> list[Path]:
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     path = check_output(options.output, (".json",))
+    check_output(path.with_suffix(".md"), (".md",))
     talk = Talk(options.quiet, options.verbose)
     words = [word for word in (options.model, options.base) if word is not None]
     heldout = heldout_prompts(words) if options.prompts is None else None
@@ -174,9 +175,9 @@ def run(words: Sequence[str]) -> list[Path]:
     table = path.with_suffix(".md")
     text = to_markdown(f"Evaluation of {options.model}", sections)
     numbers = made | settings | {"samplers": sections}
+    talk.say(text)  # first: a disk may be full
     path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     table.write_text(text, encoding="utf-8")
-    talk.say(text)
     return [path, table]
 
 

@@ -110,10 +110,12 @@ def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None
     """Write what is asked for of the model at `place`, the run's or a checkpoint's of it."""
     output = options.output.expanduser()
 
+    from diffusion_grpo.components import read_json
     from diffusion_grpo.config import load_config
     from diffusion_grpo.lora_files import FILE
     from diffusion_grpo.model_card import model_card
     from diffusion_grpo.sampling import SamplingDefaults, read_sampling
+    from diffusion_grpo.schedule import SchedulerConfig
 
     sampling = read_sampling(place) or SamplingDefaults()
     if (
@@ -134,7 +136,14 @@ def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None
         _copy_adapter(source, output / FILE, options.dtype)
     else:
         _write_model(place, output, whole=options.format == "diffusers", dtype=options.dtype)
-    card = model_card(run, options.format, sampling, iteration=iteration)
+    schedule = read_json(place / "scheduler" / "scheduler_config.json")
+    card = model_card(
+        run,
+        options.format,
+        sampling,
+        clip_sample=SchedulerConfig.from_dict(schedule).clip_sample,
+        iteration=iteration,
+    )
     (output / "README.md").write_text(card, encoding="utf-8")
     talk = Talk(options.quiet, options.verbose)
     talk.say(f"{options.format} of {options.run}, {options.dtype}")

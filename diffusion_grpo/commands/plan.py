@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_grpo.commands.common import check_output
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.output_files import check_output
 
 HELP = """usage: diffusion-grpo plan [PRESET | config.yaml] [--section.field value ...]
                            [--device KIND] [--devices N] [--json FILE] [--quiet]

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from diffusion_grpo.commands.common import check_output, parse
+from diffusion_grpo.commands.common import parse
+from diffusion_grpo.output_files import check_output
 from diffusion_grpo.report import REPORT_FILE, report_page, save_page
 
 

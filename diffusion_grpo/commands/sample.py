@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,8 +108,13 @@ class SampleOptions:
             raise UsageError(
                 f"animate is {str(self.animate)!r}; expected a name that ends in .webp"
             )
-        if self.singles is not None and self.singles.exists() and not self.singles.is_dir():
-            raise UsageError(f"singles is {str(self.singles)!r}, which is no folder")
+        if self.singles is not None:
+            place = self.singles.expanduser().absolute()
+            above = next(folder for folder in (place, *place.parents) if folder.exists())
+            if not above.is_dir():
+                raise UsageError(f"singles is {str(self.singles)!r}: {above} is no folder")
+            if not os.access(above, os.W_OK):
+                raise UsageError(f"singles is {str(self.singles)!r}: {above} cannot be written")
 
 
 def _adapter(word: str) -> tuple[Path, float]:
@@ -199,7 +205,7 @@ def run(words: Sequence[str]) -> list[Path]:
         save_image(options.output, grid, {"prompt": "\n".join(prompts)} | made)
         written.append(options.output)
     if options.singles is not None:
-        written += _write_singles(options.singles, images, prompts, n, made)
+        written += _write_singles(options.singles.expanduser(), images, prompts, n, made)
     if options.animate is not None:
         steps = np.concatenate(previews, axis=1)
         frames = [_grid(options, step, prompts) for step in (*steps, images)]

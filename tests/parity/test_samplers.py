@@ -217,6 +217,18 @@ def test_options_that_change_what_diffusers_draws_are_refused(sampler, name, val
             make_solver(config, other, 20)
 
 
+@pytest.mark.parametrize("value", ["fixed_large", "fixed_large_log"])
+def test_a_larger_variance_is_refused_by_the_sampler_that_has_one(value):
+    file = STABLE_DIFFUSION | {"variance_type": value}
+    small, large = of_diffusers("ddpm", STABLE_DIFFUSION), of_diffusers("ddpm", file)
+    assert large._get_variance(500) != small._get_variance(500)
+    config = SchedulerConfig.from_dict(file)
+    with pytest.raises(UsageError, match=f"variance_type = '{value}', which the sampler ddpm"):
+        make_solver(config, "ddpm", 20)
+    for other in ("ddim", *SOLVERS):
+        make_solver(config, other, 20)
+
+
 @pytest.mark.parametrize("name", ["use_exponential_sigmas", "use_beta_sigmas"])
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_two_kinds_of_noise_levels_are_refused_as_in_diffusers(sampler, name):
