@@ -253,16 +253,16 @@ def test_a_run_that_is_made_longer_is_finished_no_more(flags):
     directory = Path(flags["--run.output"])
     with make_directory(_config(flags), directory):
         (directory / "evaluation.json").write_text("{}")
+        (directory / "checkpoints" / "2").mkdir(parents=True)
     with make_directory(_config(flags), directory, resume=True):
         assert (directory / "evaluation.json").is_file()
     with make_directory(_config(flags, run__iterations=5), directory, resume=True):
         assert not (directory / "evaluation.json").exists()
     # Of a finished run without its checkpoints nothing is taken away.
     (directory / "final").mkdir()
+    (directory / "checkpoints" / "2").rmdir()
     with pytest.raises(UsageError, match=r"finished run \(final\).*no checkpoint to go on from"):
         make_directory(_config(flags, run__iterations=5), directory, resume=True)
-    (directory / "checkpoints" / "2").mkdir(parents=True)
-    make_directory(_config(flags, run__iterations=5), directory, resume=True).__exit__()
     written = load_config(str(directory / "config.yaml"))
     assert written == _config(flags, run__iterations=5)
 
