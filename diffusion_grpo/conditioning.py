@@ -98,6 +98,20 @@ def encode_prompts(
     return prompts, negative
 
 
+def prompts_at_once(model: StableDiffusion, *, most: int = 4096, budget: int = 2**29) -> int:
+    """Return how many prompts are encoded, and held on every device, at a time.
+
+    Args:
+        model: the pipeline.
+        most: of a small one.
+        budget: bytes, by float32 states; SDXL's take 0.6 MB a prompt.
+    """
+    tokens = _length(*model.encoders[0])
+    shapes = conditioning_shapes(model.unet.config, 1, tokens, jnp.float32)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return min(most, max(1, budget // size))
+
+
 def conditioning_shapes(
     unet: UNetConfig, count: int, tokens: int, dtype: Any, *, encoders: int = 0
 ) -> dict[str, Any]:

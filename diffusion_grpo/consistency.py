@@ -248,6 +248,12 @@ def _check_nft(config: Config) -> None:
             f"grpo.kl is {config.grpo.kl!r}, but grpo.algorithm is 'nft', whose penalty is the "
             "squared difference of the two networks' outputs; expected grpo.kl = 'mse'"
         )
+    if config.rollout.same_initial_noise and not config.rollout.eta:
+        raise UsageError(
+            "rollout.same_initial_noise is True, but rollout.eta is 0: all images of a prompt "
+            "would be one picture, and there would be nothing to compare; expected eta above 0, "
+            "or same_initial_noise False"
+        )
     if config.nft.timesteps > config.rollout.num_steps:
         raise UsageError(
             f"nft.timesteps is {config.nft.timesteps}, but rollout.num_steps is "

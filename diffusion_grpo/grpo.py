@@ -181,8 +181,10 @@ def adapted_beta(beta: float, kl: float, target: float, *, gain: float = 0.1) ->
         gain: K.
 
     Returns:
-        β for the next iteration, > 0.
+        β for the next iteration, > 0; the same if the KL is not finite.
     """
+    if not math.isfinite(kl):
+        return beta
     error = min(0.2, max(-0.2, (kl - target) / target))
     return beta * (1 + gain * error)
 

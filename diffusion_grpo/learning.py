@@ -96,6 +96,9 @@ class GRPOLearner(Learner):
         )
         self._old_steps = make_policy_steps(policy, size=size, reduction=loss.reduction, means=True)
         self._image_kl = self._compile_image_kl(options)
+        every, positions = config.rollout.window_every, config.rollout.num_steps
+        for number in range(positions if every else 1):  # each place of a moving window has steps
+            self.plan(self.schedule(number * every), number * every)
         self.notes = _notes(config, self.plan(self.schedule(0), 0), latent)
 
     def plan(self, schedule: Schedule, iteration: int) -> StepPlan:
@@ -305,6 +308,7 @@ class NFTLearner(Learner):
     ) -> tuple[LearnerState, list[dict[str, Any]]]:
         """Update on noised clean latents, then let the old policy follow."""
         options, train, history = self.config.grpo, state.train, []
+        advantages = self._in_deviations(advantages)
         for number in range(options.updates_per_rollout):
             drawn = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
             # Keys of their own: a key's children are the same for whatever is drawn with it.
@@ -327,6 +331,20 @@ class NFTLearner(Learner):
         old = self._follow(state.old, train.params, jnp.float32(decay))
         history = to_host(history)
         return self._with_beta(state._replace(train=train, old=old), history)
+
+
+    def _in_deviations(self, advantages: Any) -> Any:
+        """Return the advantages in standard deviations, as `NFTConfig.advantage_max` is.
+
+        Those that are in units of the reward divided by the batch's √(mean A²); a weighted sum of
+        several by the sum of the weights.
+        """
+        options, advantages = self.config.grpo, jnp.asarray(advantages)
+        if options.advantage in ("group_mean", "leave_one_out"):
+            return advantages / (jnp.sqrt(jnp.square(advantages).mean()) + options.advantage_eps)
+        if options.combine == "advantages":
+            return advantages / sum(abs(spec.weight) for spec in self.config.training_rewards())
+        return advantages
 
 
 def _notes(config: Config, plan: StepPlan, latent: tuple[int, int, int]) -> list[str]:

@@ -104,6 +104,11 @@ def make_optimizer(
     return optimizer, lambda iteration: float(rate(iteration))
 
 
+def _counts_updates(state: Any) -> bool:
+    """Whether a part of the optimizer's state is what the learning rate depends on."""
+    return isinstance(state, optax.ScaleByScheduleState)
+
+
 def _matrices(params: Any) -> Any:
     """Say which parameters have two axes or more: no bias, no scale of a norm."""
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
@@ -133,7 +138,7 @@ def make_update(
         `update(state, …) -> (state, metrics)`; the state is donated, and the rest is handed to
         `gradient_of`. Metrics are its own, `loss` among them, with `grad_norm` (before clipping).
         A loss or a gradient that is not finite leaves parameters, moments and average as they were;
-        `skipped` is 1 then, and the state's `nonfinite` counts on.
+        `skipped` is 1 then, and the state's `nonfinite` and the learning rate go on.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -148,7 +153,12 @@ def make_update(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         in_a_row = jnp.where(finite, jnp.int32(0), state.nonfinite + jnp.int32(1))
         new = TrainState(params, opt_state, average, state.nonfinite)
-        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        state = jax.tree.map(
+            lambda a, b: a if _counts_updates(a) else jnp.where(finite, a, b),
+            new,
+            state,
+            is_leaf=_counts_updates,
+        )
         state = state._replace(nonfinite=in_a_row)
         metrics = {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
         return place(state), replicated(metrics)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from diffusion_grpo.checkpoint import Checkpoints, closed, template_of
-from diffusion_grpo.conditioning import by_rows_of, encode_prompts
+from diffusion_grpo.conditioning import by_rows_of, encode_prompts, prompts_at_once
 from diffusion_grpo.config import Config
 from diffusion_grpo.divided_scoring import load_rewards, start_scoring
 from diffusion_grpo.errors import RunError
@@ -127,8 +127,9 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     check_trackers(config)
     with phase("loading the model"):
         model = load_model(config, source)
-        for network in (model.text_encoder, model.vae):
-            place_module(network, replicated)
+        for network in (model.text_encoder, model.text_encoder_2, model.vae):
+            if network is not None:
+                place_module(network, replicated)
 
     # The policy, its algorithm, and the compiled pieces of an iteration.
     options, rollout, seed = config.grpo, config.rollout, config.run.seed
@@ -136,6 +137,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     decode = make_decoder(model)
     evaluator = Evaluator(config, model, policy, heldout, rewards, gold)
     state = learner.init(len(prompts), rewards.weight_of)
+    at_once = prompts_at_once(model)
 
     # The directory, and what a run before left there.
     lock = open_directory(config, directory, learner.notes, resume=resume)
@@ -216,7 +218,9 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             index, texts, metadata, group = lay_out(batch, rollout.images_per_prompt)
             if iteration >= encoded:
                 left = range(iteration, config.run.iterations)
-                rows, encoded = upcoming_prompts(prompts, seed, left, rollout.prompts_per_iteration)
+                rows, encoded = upcoming_prompts(
+                    prompts, seed, left, rollout.prompts_per_iteration, most=at_once
+                )
                 encoded_prompts = encode_prompts(
                     model,
                     [prompts[i].text for i in rows],
@@ -228,11 +232,13 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             conditioning = by_rows_of(encoded_prompts, np.array([rows[i] for i in index]))
 
             # rollout, decode, reward: host rewards score a chunk while the next one is drawn
-            first = np.zeros_like(group) if rollout.same_initial_noise else group
+            group_size = rollout.images_per_prompt
+            # Of a prompt that stands twice in the batch, each group has a noise of its own.
+            of_group = group // group_size * group_size
+            first = of_group if rollout.same_initial_noise else group
             start_keys = by_rows(image_keys(seed, iteration, index, first, "initial_noise"))
             step_keys = by_rows(image_keys(seed, iteration, index, group, "step_noise"))
             noise = initial_noise(start_keys, shape)
-            group_size = rollout.images_per_prompt
             own, order = own_places(len(group)), shard_order(len(group), rollout.microbatch)
             with (
                 checkpoints.kept(iteration, leaves(state), resume=again),
@@ -256,6 +262,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
                     output=decoded_and_scored(decode, chunks, scoring, stop.check),
                 )
                 images = join_rows(chunks)
+                chunks.clear()
                 jax.block_until_ready((images, drawn.kl))
                 sampled = time.perf_counter()
                 result = scoring.result()
@@ -320,6 +327,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             if stopped:
                 output.message(stopped)
                 break
+            del drawn, images, scoring, conditioning  # while the next are drawn
 
         checkpoints.save(done, leaves(state))
         with checkpoints.kept(done, leaves(state), resume=again), phase("evaluation"):

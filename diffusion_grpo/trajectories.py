@@ -140,6 +140,7 @@ def step_kl(
 
     `exact`: the KL of the two Gaussians, summed over the steps of a trajectory. `flow_grpo`:
     mean‖μ_θ − μ_ref‖²/(2σ_t²) with σ_t² = σ²/dt the noise per unit of `flow_step_sizes` and no dt,
+    σ the reference's,
     the mean over the latent whatever the reduction, averaged over the steps (Flow-GRPO, Liu et al.
     2025, in their code). It is dt times the KL of the Gaussians.
 
@@ -154,8 +155,9 @@ def step_kl(
         learned_noise: the policy's σ is its own, and differs from the reference's.
     """
     if kind == "flow_grpo":
+        # The reference's σ: by a learned one, more noise would be less of it.
         return flow_step_sizes(schedule)[i] * gaussian_kl(
-            mean, reference_mean, std, reduction="mean"
+            mean, reference_mean, schedule.std[i], reduction="mean"
         )
     std_q = schedule.std[i] if learned_noise else None
     return gaussian_kl(mean, reference_mean, std, reduction=reduction, std_q=std_q)

@@ -47,6 +47,10 @@ def flags(*words):
         (["--rollout.eta 0"], "rollout.eta is 0, so no step has a density.*grpo.algorithm = 'nft'"),
         (["--rollout.eta 0", STEP], "grpo.ratio = 'step' has nothing to compare"),
         (["--rollout.eta 0 --rollout.window-size 3", NFT], "but rollout.eta is 0"),
+        (
+            ["--rollout.eta 0 --rollout.same-initial-noise True --eval.stochastic False", NFT],
+            "all images of a prompt would be one picture",
+        ),
         # weights
         (["--grpo.step-weights given"], "expected 20 numbers, one a step, not all 0"),
         (["--grpo.step-weights given --grpo.given-weights 1 2"], "expected 20 numbers"),

@@ -188,6 +188,7 @@ def test_a_clip_range_is_scaled_in_the_log_ratio():
 
 def test_adaptive_beta_moves_towards_the_target_and_no_faster_than_two_percent():
     assert adapted_beta(0.5, 0.02, 0.02) == 0.5
+    assert adapted_beta(0.5, float("nan"), 0.02) == adapted_beta(0.5, float("inf"), 0.02) == 0.5
     assert adapted_beta(0.5, 0.022, 0.02) == pytest.approx(0.5 * 1.01)
     assert adapted_beta(0.5, 9.0, 0.02) == pytest.approx(0.5 * 1.02)
     assert adapted_beta(0.5, 0.0, 0.02) == pytest.approx(0.5 * 0.98)

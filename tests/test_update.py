@@ -355,7 +355,7 @@ def test_update_improves_the_surrogate_and_counts_nothing_as_skipped():
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_state():
-    optimizer = optax.adam(1e-3)
+    optimizer = optax.adam(lambda update: 1e-3 / (1 + update))
     config = LossConfig(microbatch=3)
     update = make_update(compiled(config), optimizer, ema_decay=0.9)
     params = jax.tree.map(jnp.copy, PARAMS)
@@ -368,6 +368,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_state():
     for kept in (state.params, state.average):
         for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(PARAMS), strict=True):
             assert (a == b).all()
+    moments, rate = state.opt_state
+    assert int(moments.count) == 0 and int(rate.count) == 1  # the rate is the iteration's
 
 
 def test_memory_grows_neither_with_the_steps_nor_with_the_microbatches():
