@@ -235,6 +235,12 @@ def flow_grpo():
             f32(X), steps.std[i], f32(Y), steps, jnp.int32(i), kind="flow_grpo", reduction="sum"
         )
         worst = max(worst, error(ours, want))
+        # By the schedule's noise, also where the policy has one of its own.
+        learned = step_kl(
+            *(f32(X), 3 * steps.std[i], f32(Y), steps, jnp.int32(i)),
+            **{"kind": "flow_grpo", "reduction": "sum", "learned_noise": True},
+        )
+        worst = max(worst, error(learned, want))
     return worst
 
 

@@ -31,6 +31,26 @@ def saved(tmp_path):
     return save
 
 
+def test_errors_are_of_prompts_and_that_of_the_difference_is_of_pairs(tmp_path):
+    (tmp_path / "samples").mkdir()
+    scores = np.array([[1, 2, 4, 9], [2, 4, 5, 12]], np.float32)  # 2 prompts of 2 images each
+    images = np.full((4, 8, 8, 3), 100, np.uint8)
+    before, after = (
+        Evaluation(images, ["a", "a", "b", "b"], {"clip": s}, s, images_per_prompt=2)
+        for s in scores
+    )
+    save_results(Config(eval=EvalConfig(images_per_prompt=2)), tmp_path, before, after)
+    found = json.loads((tmp_path / "evaluation.json").read_text())["rewards"]["clip"]
+    means = scores.reshape(2, 2, 2).mean(axis=2)  # of each prompt
+    for name, values in zip(("before", "after"), means, strict=True):
+        assert found[name] == pytest.approx(values.mean())
+        assert found[f"{name}_standard_error"] == pytest.approx(values.std(ddof=1) / np.sqrt(2))
+    pairs = means[1] - means[0]
+    assert found["difference"] == pytest.approx(pairs.mean())
+    assert found["difference_standard_error"] == pytest.approx(pairs.std(ddof=1) / np.sqrt(2))
+    assert pairs.std() < 0.2 * means.std(axis=1).min()  # unpaired it would be another number
+
+
 def test_an_evaluation_says_which_list_it_is_on():
     assert describe_list(PromptsConfig("a.txt", "b.txt"), 3) == (
         "3 images of the held-out prompts 'b.txt'"

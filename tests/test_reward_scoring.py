@@ -104,6 +104,39 @@ def test_prompts_that_a_reward_cannot_judge_are_found_before_the_run() -> None:
 # --- Beside the sampler ---------------------------------------------------------------------------
 
 
+def test_images_that_come_in_another_order_keep_their_prompts_and_groups() -> None:
+    """As they come from several devices, each with whole groups: shard by shard."""
+    groups = []
+
+    def host(images, prompts, metadata):
+        assert [item["n"] for item in metadata] == [int(text) for text in prompts]
+        return number(images, prompts, metadata) + 100 * np.array(prompts, np.float32)
+
+    @on_device
+    def device(images, prompts, metadata):
+        levels = jnp.round(255 * images[:, 0, 0, 0])
+        return levels + 100 * jnp.array([float(text) for text in prompts])
+
+    @of_group
+    def rank(images, prompts, metadata):
+        groups.append((images[:, 0, 0, 0].tolist(), set(prompts)))
+        return host(images, prompts, metadata)
+
+    prompts = [str(number) for number in (0, 0, 1, 1, 2, 2, 3, 3)]
+    details = [{"n": int(text)} for text in prompts]
+    order = np.array([0, 1, 4, 5, 2, 3, 6, 7])
+    expected = np.arange(8) + 100 * np.repeat(np.arange(4), 2)
+    rewards = set_of(host, device, rank)
+    for sizes in ((4, 4), (8,), (2, 2, 2, 2)):
+        with rewards.start(prompts, details, group_size=2, order=order) as scoring:
+            for places in np.split(order, np.cumsum(sizes)[:-1]):
+                scoring.add(numbered(8)[places])
+            result = scoring.result()
+        for name in ("host", "device", "rank"):
+            np.testing.assert_allclose(result.scores[name], expected, atol=1e-3)
+    assert sorted(groups[:4]) == [([2 * g, 2 * g + 1], {str(g)}) for g in range(4)]
+
+
 @pytest.mark.parametrize("chunks", [(6,), (2, 4), (1, 1, 1, 1, 1, 1), (4, 0, 2)])
 def test_scores_do_not_depend_on_how_the_images_arrive(chunks) -> None:
     group_calls = []

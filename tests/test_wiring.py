@@ -343,7 +343,7 @@ def test_what_is_exported_is_what_was_evaluated(checkpoint, tmp_path, monkeypatc
         checkpoint,
         tmp_path,
         f"--reward.rewards {reward} --optim.ema-decay 0.5 --optim.learning-rate 0.02",
-        "--eval.every 1 --eval.seed 5 --grpo.updates-per-rollout 2",
+        "--model.trainable full --eval.every 1 --eval.seed 5 --grpo.updates-per-rollout 2",
     )
     train(config, quiet=True)
     run = Path(config.run.output)
