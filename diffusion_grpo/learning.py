@@ -332,7 +332,6 @@ class NFTLearner(Learner):
         history = to_host(history)
         return self._with_beta(state._replace(train=train, old=old), history)
 
-
     def _in_deviations(self, advantages: Any) -> Any:
         """Return the advantages in standard deviations, as `NFTConfig.advantage_max` is.
 
