@@ -140,9 +140,8 @@ def step_kl(
 
     `exact`: the KL of the two Gaussians, summed over the steps of a trajectory. `flow_grpo`:
     mean‖μ_θ − μ_ref‖²/(2σ_t²) with σ_t² = σ²/dt the noise per unit of `flow_step_sizes` and no dt,
-    σ the reference's,
-    the mean over the latent whatever the reduction, averaged over the steps (Flow-GRPO, Liu et al.
-    2025, in their code). It is dt times the KL of the Gaussians.
+    σ the reference's; the mean over the latent whatever the reduction, averaged over the steps
+    (Flow-GRPO, Liu et al. 2025, in their code). It is dt times the KL of the Gaussians.
 
     Args:
         mean: μ_θ.

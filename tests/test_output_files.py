@@ -1,0 +1,46 @@
+"""What cannot be written is told before there is anything to write."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from diffusion_grpo.commands import sample
+from diffusion_grpo.errors import UsageError
+from diffusion_grpo.output_files import check_output
+
+
+def test_a_file_that_can_be_written_is_returned(tmp_path):
+    assert check_output(tmp_path / "x.JSON", (".json",)) == tmp_path / "x.JSON"
+    (tmp_path / "there.csv").touch()
+    assert check_output(tmp_path / "there.csv", (".json", ".csv")) == tmp_path / "there.csv"
+
+
+def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "folder.json").mkdir()
+    for name, message in (
+        ("x.txt", "does not end in .json or .csv"),
+        ("no/x.json", "the folder .* does not exist"),
+        ("folder.json", "is a folder; expected the name of a file"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_output(tmp_path / name, (".json", ".csv"))
+
+    # Root may write anywhere: say what the system says to others.
+    asked = []
+
+    def refuse(path, mode):
+        asked.append(Path(path))
+        return False
+
+    monkeypatch.setattr(os, "access", refuse)
+    (tmp_path / "there.json").touch()
+    for name, place in (("there.json", "there.json"), ("new.json", ".")):
+        with pytest.raises(UsageError, match="cannot be written; choose another folder or name"):
+            check_output(tmp_path / name, (".json",))
+        assert asked[-1] == tmp_path / place
+    words = ["--model", "shapes-diffusion", "--prompt", "a star", "--output", "None", "--singles"]
+    with pytest.raises(UsageError, match=f"{tmp_path} cannot be written"):
+        sample.run([*words, str(tmp_path / "deep" / "er")])
+    with pytest.raises(UsageError, match=r"there.json is no folder"):
+        sample.run([*words, str(tmp_path / "there.json" / "x")])
