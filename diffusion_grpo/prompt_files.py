@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.installing import install_command
 from diffusion_grpo.prompt_templates import inline_template, is_template, read_templates
 from diffusion_grpo.prompt_types import Prompt, read_weight
 from diffusion_grpo.resources import resource_path
@@ -168,7 +169,8 @@ def _read_parquet(path: Path) -> list[Prompt]:
         import pyarrow.parquet as parquet
     except ModuleNotFoundError:
         raise UsageError(
-            f"{where}: reading Parquet needs the extra: pip install 'diffusion-grpo[parquet]'"
+            f"{where}: reading Parquet needs pyarrow, which is not installed: "
+            f"{install_command('parquet')}"
         ) from None
     try:
         table = parquet.read_table(path)

@@ -17,6 +17,7 @@ import numpy as np
 
 from diffusion_grpo import __version__
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.installing import install_command
 from diffusion_grpo.reward import LoadedReward, RewardError, RewardSet
 from diffusion_grpo.reward_protocol import (
     INFO_PATH,
@@ -230,5 +231,5 @@ def serve(service: RewardService, host: str, port: int, *, ready: Callable[[int]
 def _missing() -> UsageError:
     return UsageError(
         "serve-reward needs Starlette and uvicorn, which are not installed: "
-        "pip install 'diffusion-grpo[serve]'"
+        f"{install_command('serve')}"
     )

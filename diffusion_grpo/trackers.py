@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffusion_grpo.config import Config
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.installing import install_command
 from diffusion_grpo.metrics import to_number
 
 
@@ -74,7 +75,7 @@ def _installed(name: str) -> bool:
 
 
 def _missing(what: str, extra: str) -> str:
-    return f"{what}, but it is not installed: pip install 'diffusion-grpo[{extra}]'"
+    return f"{what}, but it is not installed: {install_command(extra)}"
 
 
 class TensorBoard:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.installing import install_command
 from diffusion_grpo.reward import reward_factory
 
 # "…", “…”, „…“, «…» anywhere; '…' and ‘…’ only around words, since it is an apostrophe too.
@@ -48,7 +49,7 @@ def ocr(min_confidence: float = 0.5) -> Callable[..., np.ndarray]:
     except ImportError as error:
         raise UsageError(
             f"the reward ocr needs rapidocr and onnxruntime ({error}): "
-            "pip install 'diffusion-grpo[ocr]'"
+            f"{install_command('ocr')}"
         ) from None
     engine = RapidOCR(params={"Global.log_level": "critical", "Global.text_score": min_confidence})
 

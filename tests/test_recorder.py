@@ -207,8 +207,11 @@ def test_weights_and_biases_keeps_a_run_offline(tmp_path, monkeypatch):
 def test_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_trackers(Config())  # "auto" does without
-    for field in ({"tensorboard": "on"}, {"wandb_project": "mine"}):
-        with pytest.raises(UsageError, match=r"not installed: pip install 'diffusion-grpo\["):
+    for field, package in (
+        ({"tensorboard": "on"}, "tensorboard"),
+        ({"wandb_project": "mine"}, "wandb"),
+    ):
+        with pytest.raises(UsageError, match=rf"not installed: pip install '{package}>="):
             check_trackers(Config(run=RunConfig(**field)))
 
 

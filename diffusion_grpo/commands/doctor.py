@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from diffusion_grpo.commands.common import parse
 from diffusion_grpo.errors import RunError
+from diffusion_grpo.installing import DISTRIBUTION, install_command, pip_line
 
-DISTRIBUTION = "diffusion-grpo"
 EXTRAS: Mapping[str, str] = {
     "tensorboard": "event files beside metrics.jsonl",
     "wandb": "logging to Weights & Biases",
@@ -103,9 +103,9 @@ def packages(version: Callable[[str], str] = metadata.version) -> Iterator[Findi
 
     asked = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
     asked = [r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
-    mend = f"pip install --upgrade {DISTRIBUTION}"
     found: list[str] = []
     for requirement in asked:
+        mend = pip_line([requirement])
         try:
             has = version(requirement.name)
         except metadata.PackageNotFoundError:
@@ -138,7 +138,7 @@ def devices() -> Iterator[Finding]:
             "devices",
             "an NVIDIA GPU is here, and JAX does not use it",
             "note",
-            f"pip install '{DISTRIBUTION}[cuda]', and unset JAX_PLATFORMS",
+            f"{install_command('cuda')}, and unset JAX_PLATFORMS",
         )
     for device in found:
         stats: Any = device.memory_stats() or {}
@@ -228,7 +228,7 @@ def embedded() -> Finding:
     names = list(embedded_checkpoints())
     if names:
         return Finding("checkpoints", ", ".join(names))
-    mend = f"pip install --force-reinstall {DISTRIBUTION}"
+    mend = "install the project again, from its checkout or its wheel"
     return Finding("checkpoints", "none of the embedded ones is here", "wrong", mend)
 
 
