@@ -48,8 +48,7 @@ def ocr(min_confidence: float = 0.5) -> Callable[..., np.ndarray]:
         from rapidocr import RapidOCR
     except ImportError as error:
         raise UsageError(
-            f"the reward ocr needs rapidocr and onnxruntime ({error}): "
-            f"{install_command('ocr')}"
+            f"the reward ocr needs rapidocr and onnxruntime ({error}): {install_command('ocr')}"
         ) from None
     engine = RapidOCR(params={"Global.log_level": "critical", "Global.text_score": min_confidence})
 
