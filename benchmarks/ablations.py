@@ -6,8 +6,9 @@
 
 Results are kept in a record (`--record`, by default beside this file): what is in it is not run
 again, and a run that was interrupted goes on, so that the table can be made in pieces and on
-several machines. Runs are compared with others of the same flags alone. The record and a table
-beside it, a line a variant with means over the seeds and the range, are written after every run.
+several machines. A record is of runs with the same flags, from the same embedded models: others are
+neither added nor gone on with. The record and a table beside it, a line a variant with means over
+the seeds and the range, are written after every run.
 Minutes are the iterations times the median one, so without evaluations, without compilation, and
 little disturbed by what else a machine did meanwhile.
 """
@@ -15,6 +16,7 @@ little disturbed by what else a machine did meanwhile.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -24,10 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion_grpo.resources import resource_path
+
 # Noise and gradient in all steps.
 WHOLE = ("--rollout.window-start", "0", "--rollout.window-size", "None")
 
-# What every run has beside its variant, if nothing is given after `--`.
+# What every run has beside its variant, whose own flags count, if nothing is given after `--`.
 FLAGS = (
     *("--iterations", "100", "--eval.every", "50", "--eval.keep-best", "False"),
     *("--run.report", "False", "--run.tensorboard", "off", "--run.sample-every", "0"),
@@ -109,10 +113,33 @@ def flags_of(variant: str) -> list[str]:
     return list(VARIANTS[variant])
 
 
-def directory_of(output: Path, variant: str, seed: int) -> Path:
-    """Return where a run of a variant is."""
+def train_arguments(variant: str, seed: int, extra: Sequence[str]) -> list[str]:
+    """Return what comes after `train` for a run; the last flag of a name counts."""
+    return [preset_of(variant), *extra, *flags_of(variant), "--run.seed", str(seed)]
+
+
+def embedded_models() -> str:
+    """Return 12 hexadecimal digits that tell the embedded weights from others: of their SHA-256."""
+    found = hashlib.sha256()
+    for file in sorted(resource_path("assets").rglob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def directory_of(output: Path, variant: str, seed: int, extra: Sequence[str], base: str) -> Path:
+    """Return where a run is: by its variant, and by all that makes it another run.
+
+    Args:
+        output: the folder of all runs.
+        variant: one of `VARIANTS`.
+        seed: of the run.
+        extra: the flags that every run has.
+        base: `embedded_models`, of what it starts from.
+    """
     name = "".join(c if c.isalnum() else "-" for c in variant.lower())
-    return output / f"{'-'.join(filter(None, name.split('-')))}-{seed}"
+    told = json.dumps([train_arguments(variant, seed, extra), base])
+    mark = hashlib.sha256(told.encode()).hexdigest()[:8]
+    return output / f"{'-'.join(filter(None, name.split('-')))}-{seed}-{mark}"
 
 
 def train(directory: Path, variant: str, seed: int, extra: Sequence[str]) -> None:
@@ -123,8 +150,7 @@ def train(directory: Path, variant: str, seed: int, extra: Sequence[str]) -> Non
     if (directory / "config.yaml").is_file():
         command += ["--resume", str(directory)]
     else:
-        command += [preset_of(variant), *flags_of(variant), "--run.seed", str(seed)]
-        command += ["--run.output", str(directory), *extra]
+        command += [*train_arguments(variant, seed, extra), "--run.output", str(directory)]
     subprocess.run(command, check=True)
 
 
@@ -168,13 +194,30 @@ def load_record(file: Path, flags: Sequence[str]) -> dict[str, dict[str, Any]]:
     return record["runs"]
 
 
-def add_to_record(file: Path, flags: Sequence[str], variant: str, seed: int, found: Any) -> None:
+def check_base(file: Path, base: str) -> None:
+    """Find before a run that its result would stand beside those of other embedded models.
+
+    Raises:
+        SystemExit: so it is.
+    """
+    if file.is_file() and (recorded := json.loads(file.read_text()).get("base")) != base:
+        raise SystemExit(
+            f"{file} holds runs from the embedded models {recorded}, and those here are {base}; "
+            "expected the same, or another --record"
+        )
+
+
+def add_to_record(
+    file: Path, flags: Sequence[str], base: str, variant: str, seed: int, found: Any
+) -> None:
     """Put a result into the record, as it is now, and write the table."""
+    check_base(file, base)
     runs = load_record(file, flags)
     runs.setdefault(variant, {})[str(seed)] = found
     runs = {variant: runs[variant] for variant in VARIANTS if variant in runs}
     scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"flags": list(flags), "runs": runs}, indent=1) + "\n")
+    told = {"flags": list(flags), "base": base, "runs": runs}
+    scratch.write_text(json.dumps(told, indent=1) + "\n")
     os.replace(scratch, file)
     file.with_suffix(".md").write_text(to_table(of_seeds(runs)))
 
@@ -240,8 +283,8 @@ def plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
             bounds = [[scale * end(values) for _, values in points] for end in (min, max)]
             axes.fill_between(minutes, *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
         axes.grid(alpha=0.3)
-    above.set_ylabel("images right, % (360 held-out prompts)")
-    below.set_ylabel("reward that is trained on (the same prompts)")
+    above.set_ylabel("held-out images right, %")
+    below.set_ylabel("reward that is trained on (the same images)")
     below.set_xlabel("minutes of training")
     above.legend(fontsize=8)
     figure.tight_layout()
@@ -295,14 +338,15 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     parser.add_argument("flags", nargs="*", help="after --: for every run, e.g. --eval.every 25")
     options = parser.parse_args()
-    flags = options.flags or list(FLAGS)
+    flags, base = options.flags or list(FLAGS), embedded_models()
     for seed in () if options.table else options.seeds:
         for variant in options.variants:
             if str(seed) in load_record(options.record, flags).get(variant, {}):
                 continue
-            directory = directory_of(options.output, variant, seed)
+            check_base(options.record, base)
+            directory = directory_of(options.output, variant, seed, flags, base)
             train(directory, variant, seed, flags)
-            add_to_record(options.record, flags, variant, seed, read_run(directory))
+            add_to_record(options.record, flags, base, variant, seed, read_run(directory))
     runs = load_record(options.record, flags)
     chosen = of_seeds({v: runs[v] for v in options.variants if v in runs})
     print(to_table(chosen), end="")

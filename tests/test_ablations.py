@@ -1,6 +1,7 @@
 """The script of the ablations: its variants are runs, and its table is that of their files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from scripts import load_script
 from diffusion_grpo.config import PRESETS, load_config
 
 ablations = load_script("ablations")
+FEW = ["--eval.every", "5"]
 
 
 @pytest.mark.parametrize("variant", ablations.VARIANTS)
@@ -19,10 +21,38 @@ def test_a_variant_is_a_run_that_differs_from_its_preset(variant):
     assert config.rollout.num_images == PRESETS["demo"].rollout.num_images
 
 
+@pytest.mark.parametrize("variant", ablations.VARIANTS)
+def test_a_variant_s_own_flags_count_beside_those_of_all(variant):
+    arguments = ablations.train_arguments(variant, 3, ablations.FLAGS)
+    config = load_config(arguments[0], arguments[1:])
+    own = load_config(arguments[0], ablations.flags_of(variant))
+    told = re.search(r"(\d+) iterations", variant)
+    assert config.run.iterations == (int(told[1]) if told else 100)
+    assert (config.run.seed, config.eval.every) == (3, 50)
+    assert (config.grpo, config.optim, config.rollout) == (own.grpo, own.optim, own.rollout)
+
+
 def test_runs_have_directories_of_their_own():
-    places = {ablations.directory_of(Path("a"), v, s) for v in ablations.VARIANTS for s in (0, 1)}
+    def place(variant, seed, extra=(), base="abc"):
+        return ablations.directory_of(Path("a"), variant, seed, extra, base)
+
+    places = {place(variant, seed) for variant in ablations.VARIANTS for seed in (0, 1)}
     assert len(places) == 2 * len(ablations.VARIANTS)
-    assert ablations.directory_of(Path("a"), "no window, K = T/2", 1) == Path("a/no-window-k-t-2-1")
+    assert place("no window, K = T/2", 1).name.startswith("no-window-k-t-2-1-")
+    assert place("demo", 0) == place("demo", 0)
+    # Other flags for all, or other models to start from, make another run.
+    assert len({place("demo", 0), place("demo", 0, FEW), place("demo", 0, base="abd")}) == 3
+
+
+def test_the_embedded_models_are_told_by_their_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "resource_path", lambda kind: tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.safetensors").write_bytes(b"1")
+    first = ablations.embedded_models()
+    (tmp_path / "model" / "README.md").write_text("a card")
+    assert ablations.embedded_models() == first
+    (tmp_path / "model" / "a.safetensors").write_bytes(b"2")
+    assert ablations.embedded_models() != first
 
 
 def test_the_table_has_means_and_ranges_of_the_seeds(tmp_path):
@@ -76,11 +106,11 @@ def test_a_record_grows_and_is_of_one_kind_of_run(tmp_path):
     before = {"shapes": {"before": 0.4, "after": 0.5}}
     found = {"rewards": before, "minutes": 3.0, "curve": [{"minutes": 1.0, "shapes": 0.45}]}
     for variant, seed in (("nft", 10), ("nft", 2), ("demo", 0)):
-        ablations.add_to_record(
-            file, ["--eval.every", "5"], variant, seed, found | {"minutes": seed}
-        )
-    runs = ablations.of_seeds(ablations.load_record(file, ["--eval.every", "5"]))
+        ablations.add_to_record(file, FEW, "abc", variant, seed, found | {"minutes": seed})
+    runs = ablations.of_seeds(ablations.load_record(file, FEW))
     assert list(runs) == ["demo", "nft"] and [r["minutes"] for r in runs["nft"]] == [2, 10]
     assert "| nft | 2 | 40.0" in file.with_suffix(".md").read_text()
     with pytest.raises(SystemExit, match="expected the same"):
         ablations.load_record(file, [])
+    with pytest.raises(SystemExit, match="embedded models abc, and those here are abd"):
+        ablations.add_to_record(file, FEW, "abd", "demo", 1, found)
