@@ -198,7 +198,7 @@ def sd15() -> Config:
     """Stable Diffusion 1.5 (or another checkpoint), a LoRA adapter in bfloat16, by a CLIP score.
 
     `diffusion-grpo train sd15`: 200 iterations of 256 images; `diffusion-grpo plan sd15 --device
-    NAME` says how long they take on a device (5.4 minutes each on an H100, by the data sheet) and
+    NAME` says how long they take on a device (5.1 minutes each on an H100, by the data sheet) and
     how much memory (14.4 GiB). Images are of the checkpoint's own size, so that `--model` may be
     one of SDXL; its steps are weighted, because one late step of 20 has three quarters of the sum
     of squares of a trajectory's log-ratio otherwise. The reward of real weights has not been seen

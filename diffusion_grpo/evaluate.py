@@ -296,8 +296,10 @@ def make_trajectory_kl(
 ) -> Callable[..., Array]:
     """Compile the KL of a policy to its reference along the policy's own stochastic trajectories.
 
-    Σ_t ‖μ_θ − μ_ref‖²/(2σ_t²) at the latents that π_θ visits: an unbiased estimate, one trajectory
-    an image, of the KL of the two distributions over trajectories.
+    Σ_t ‖μ_θ − μ_ref‖²/(2σ_t²) at the latents that π_θ visits (with a learned noise scale the KL of
+    two Gaussians of different σ; see `gaussian_kl`). With `sum` an unbiased estimate, one
+    trajectory an image, of the KL of the two distributions over trajectories; with `mean` that
+    divided by the elements of a latent.
 
     Args:
         policy: the split UNet.
@@ -306,8 +308,8 @@ def make_trajectory_kl(
         reference: another UNet; without one, the policy's own initial trained parameters.
 
     Returns:
-        (trained, initial, keys, conditioning, reference_conditioning) → float32 [B], nats; without
-        the last one the reference is conditioned like the policy.
+        (trained, initial, keys, conditioning, reference_conditioning) → float32 [B], nats (an
+        element with `mean`); without the last one the reference is conditioned like the policy.
     """
     other = reference or policy
 

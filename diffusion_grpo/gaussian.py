@@ -51,7 +51,7 @@ def gaussian_log_prob(
         reduction: over the latent's elements.
 
     Returns:
-        float32 [B], in nats.
+        float32 [B], in nats; with `mean` in nats an element.
     """
     positive, safe, divisor = _safe_std(std, x.ndim)
     z = (x.astype(jnp.float32) - mean.astype(jnp.float32)) / divisor
@@ -82,7 +82,7 @@ def gaussian_kl(
         std_q: σ_q, shaped like `std`, 0 where it is; None where both share σ.
 
     Returns:
-        float32 [B], in nats.
+        float32 [B], in nats; with `mean` in nats an element.
     """
     positive, safe, divisor = _safe_std(std, mean_p.ndim)
     scale = jnp.zeros_like(safe)
@@ -109,7 +109,7 @@ def gaussian_entropy(
         reduction: as in `gaussian_log_prob`.
 
     Returns:
-        float32, shaped like `std`, in nats.
+        float32, shaped like `std`, in nats; with `mean` in nats an element.
     """
     positive, safe, _ = _safe_std(std, 1)
     count = 1 if reduction == "mean" else size

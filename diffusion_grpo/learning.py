@@ -30,7 +30,7 @@ from diffusion_grpo.preparation import (
 )
 from diffusion_grpo.probe import check_drift, measure_drift
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, alphas_cumprod
-from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps
+from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps, update_draw
 from diffusion_grpo.trajectories import PolicySteps, UpdateBatch, trajectory_kl
 from diffusion_grpo.update import LossConfig, compile_loss, make_gradient
 
@@ -169,7 +169,7 @@ class GRPOLearner(Learner):
         batch = self._described(state, rollout, advantages)
         train, history = state.train, []
         for number in range(options.updates_per_rollout):
-            draw = (self.config.run.seed, iteration, number)
+            draw = update_draw(self.config.run.seed, iteration, number)
             steps = choose_steps(plan.active, options.gradient_steps, draw)
             train, metrics = self._update(
                 train,

@@ -296,7 +296,9 @@ def unmerge_lora(module: nnx.Module, merged: Mapping[str, Mapping[str, Factors]]
 def delta(factors: Factors) -> Float[Array, "*window i o"]:
     """Return (α/r) A B, what an adapter adds to the kernel of its layer, in float32."""
     a, b = (jnp.asarray(part, jnp.float32) for part in (factors.a, factors.b))
-    return factors.scale * (a @ (b[0, 0] if b.ndim == 4 else b))
+    # Not in an accelerator's faster products of fewer bits: this is written into kernels.
+    product = jnp.matmul(a, b[0, 0] if b.ndim == 4 else b, precision="highest")
+    return factors.scale * product
 
 
 def _add(

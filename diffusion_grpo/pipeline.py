@@ -23,7 +23,14 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.mesh import by_rows, gathered, on_devices, resident, shards
 from diffusion_grpo.pretrained import StableDiffusion
-from diffusion_grpo.rollout import Denoiser, guided, image_keys, initial_noise, sample_final
+from diffusion_grpo.rollout import (
+    Denoiser,
+    guided,
+    image_keys,
+    initial_noise,
+    purpose_key,
+    sample_final,
+)
 from diffusion_grpo.samplers import Solver, make_solver, solve
 from diffusion_grpo.sampling import SamplingDefaults
 from diffusion_grpo.schedule import Schedule, scaled_noise
@@ -143,7 +150,8 @@ def make_policy(
     if lora is None:
         return TrainablePolicy(model.unet, guidance_scale, noise_steps=noise_steps)
     parts = {name: getattr(model, name) for name in lora}
-    network = adapted_network(parts, lora, clip_skip=clip_skip, rngs=nnx.Rngs(seed))
+    rngs = nnx.Rngs(purpose_key(seed, "adapter"))
+    network = adapted_network(parts, lora, clip_skip=clip_skip, rngs=rngs)
     policy = TrainablePolicy(network, guidance_scale, LoRAParam, noise_steps=noise_steps)
     if policy.reads_tokens:  # text encoders are loaded to the host, where each is used once
         policy.frozen = on_devices(policy.frozen)
@@ -193,7 +201,7 @@ def latent_shape(
     """Return (h, w, c) of the latents for an image size in pixels (default: the checkpoint's).
 
     Raises:
-        UsageError: the size is not a multiple of what the VAE and the UNet halve it by.
+        UsageError: the size is not a multiple of what the VAE halves it by.
     """
     factor = model.vae.config.downscale_factor
     sizes = []

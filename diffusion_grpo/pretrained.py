@@ -260,7 +260,7 @@ def read_unet_config(fields: Mapping[str, Any], pipeline: str) -> UNetConfig:
 def check_fit(
     directory: Path, unet: UNetConfig, vae: VAEConfig, encoders: list[dict[str, Any]]
 ) -> None:
-    """Check that a UNet denoises the VAE's latents alone, and takes what its text encoders give.
+    """Check that a UNet denoises the latents of a VAE's RGB images, by its text encoders alone.
 
     Args:
         directory: of the pipeline, for messages.
@@ -277,6 +277,25 @@ def check_fit(
             f"{unet.out_channels} and the VAE's latent_channels {vae.latent_channels}; expected "
             "the same number for all. A UNet with more in_channels is given a picture too, for "
             "inpainting (9), editing (8) or depth (5); give a text-to-image checkpoint"
+        )
+    if (vae.in_channels, vae.out_channels) != (3, 3):
+        raise UsageError(
+            f"{directory}: the VAE's in_channels is {vae.in_channels} and its out_channels "
+            f"{vae.out_channels}; expected 3 and 3: rewards are given RGB images"
+        )
+    for field, unusual in (
+        ("class_embed_type or num_class_embeds", unet.has_class_embedding),
+        ("dual_cross_attention", unet.dual_cross_attention),
+    ):
+        if unusual:
+            raise UsageError(
+                f"{directory}: the UNet has {field}, so that it is conditioned on more than a "
+                "text (a class, an image); expected a text-to-image checkpoint"
+            )
+    if len(encoders) == 1 and encoders[0].get("use_attention_mask"):
+        raise UsageError(
+            f"{directory}: text_encoder/config.json has use_attention_mask, by which Diffusers "
+            "masks the padding of a prompt; here it is not masked: expected false, or no such field"
         )
     width = sum(int(fields.get("hidden_size", 512)) for fields in encoders)
     expected = set(unet.per_block("cross_attention_dim"))

@@ -23,7 +23,9 @@ Denoiser = Callable[[Array, Array, Any], Array]
 # (sample [B, h, w, c], timesteps [B] int32, conditioning) -> like the sample.
 UNetApply = Callable[[Array, Array, Any], Array]
 
-Purpose = Literal["initial_noise", "step_noise", "evaluation_initial", "evaluation_step", "loss"]
+Purpose = Literal[
+    "initial_noise", "step_noise", "evaluation_initial", "evaluation_step", "loss", "adapter"
+]
 
 # Part of the reproducibility of a run: never renumber, only append.
 _PURPOSES: dict[Purpose, int] = {
@@ -32,6 +34,7 @@ _PURPOSES: dict[Purpose, int] = {
     "evaluation_initial": 2,
     "evaluation_step": 3,
     "loss": 4,
+    "adapter": 5,
 }
 
 
@@ -93,6 +96,11 @@ def _unconditional_first(negative: Array, prompts: Array) -> Array:
     return jnp.concatenate([negative, prompts])
 
 
+def purpose_key(seed: int, purpose: Purpose) -> Key[Array, ""]:
+    """Return the run's random key for a purpose; purposes are independent of one another."""
+    return jax.random.fold_in(jax.random.key(seed), _PURPOSES[purpose])
+
+
 def image_keys(
     seed: int,
     iteration: Int[Array, ""] | int,
@@ -115,8 +123,7 @@ def image_keys(
     Returns:
         Keys [B].
     """
-    key = jax.random.fold_in(jax.random.key(seed), _PURPOSES[purpose])
-    key = jax.random.fold_in(key, iteration)
+    key = jax.random.fold_in(purpose_key(seed, purpose), iteration)
 
     def fold(prompt: Array, image: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(key, prompt), image)

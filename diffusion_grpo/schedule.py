@@ -309,7 +309,8 @@ def flow_step_sizes(schedule: Schedule) -> Float[Array, " T"]:
         schedule: T steps.
 
     Returns:
-        float32 [T], positive; they sum to τ of the first timestep less that of the end.
+        float32 [T], 0 or more; where each step leads to the next timestep (as with `leading`
+        spacing) they sum to τ of the first timestep less that of the end.
     """
     next_noise = jnp.sqrt(jnp.maximum(1 - jnp.square(schedule.next_signal_scale), 0.0))
     now = schedule.noise_scale / (schedule.signal_scale + schedule.noise_scale)

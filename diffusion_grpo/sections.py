@@ -177,8 +177,8 @@ class RewardConfig(Section):
     """κ of the ensemble: how much the rewards' disagreement about an image counts against it."""
     on_failure: tuple[str, ...] = ()
     """What to do when a reward fails, [NAME=]POLICY each: stop (save a checkpoint and stop; the
-    default), retry=N (call it again up to N times, then stop), or drop-group (leave the groups
-    that it fails on out of the update)."""
+    default), retry=N (call it again up to N times, then stop), or drop-group (the groups that it
+    fails on get advantages of 0; what holds the policy near another one still counts them)."""
     max_dropped: float = 0.25
     """The share of an iteration's groups past which dropping them stops the run too."""
     cache: tuple[str, ...] = ()

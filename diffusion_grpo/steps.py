@@ -158,6 +158,15 @@ def choose_steps(
     return jnp.asarray(np.sort(chosen), jnp.int32)
 
 
+def update_draw(seed: int, iteration: int, number: int) -> tuple[int, ...]:
+    """Return what the draw of steps of an iteration's update is a function of.
+
+    NumPy pads a seed with zeros: without an end of its own this would be, at the first update, the
+    stream that an iteration's prompts are drawn from where they have weights (`(seed, iteration)`).
+    """
+    return (seed, iteration, number, 2)
+
+
 def fraction_of(count: int, fraction: float) -> int:
     """Return how many of `count` steps a fraction is: rounded, at least one."""
     return max(1, round(fraction * count))

@@ -333,9 +333,13 @@ def test_other_pipelines_are_refused_by_name(directory):
         ({"unet": {"in_channels": 8}}, "in_channels is 8, its out_channels 4 .*text-to-image"),
         ({"unet": {"out_channels": 8}}, "in_channels is 4, its out_channels 8 "),
         ({"vae": {"latent_channels": 16}}, "VAE's latent_channels 16; expected the same number"),
+        ({"vae": {"in_channels": 6, "out_channels": 6}}, "out_channels 6; expected 3 and 3"),
+        ({"unet": {"num_class_embeds": 10}}, "has class_embed_type or num_class_embeds"),
+        ({"unet": {"dual_cross_attention": True}}, "has dual_cross_attention.*text-to-image"),
+        ({"text_encoder": {"use_attention_mask": True}}, "has use_attention_mask.*expected false"),
     ],
 )
-def test_networks_of_other_channels_are_refused_before_weights_are_read(
+def test_networks_that_cannot_be_used_are_refused_before_weights_are_read(
     changed, message, directory
 ):
     for part, fields in changed.items():

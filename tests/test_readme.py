@@ -92,7 +92,8 @@ LOOK = {
 # Run as they are, or in parts: `make demo` by its recipe, `pip install` by the extra's name.
 EXPORT = "export runs/mine --format lora --dtype float16 --output my-lora"
 ADAPTED = 'sample --model path/to/checkpoint --lora my-lora=0.8 --prompt "a red circle"'
-OTHERS = {SAMPLE, CHECK, SCORE, SERVE, EXPORT, ADAPTED, "view runs/demo"}
+PLAN = "plan sd15 --device h100"
+OTHERS = {SAMPLE, CHECK, SCORE, SERVE, EXPORT, ADAPTED, PLAN, "view runs/demo"}
 OTHERS |= {"list rewards", "list prompts", "list metrics", "doctor"}  # test_doctor.py
 
 
@@ -171,6 +172,17 @@ def test_reward_is_checked_and_scores_a_folder(folder):
     assert main(shlex.split(SCORE)) == 0
     head, *rows = (folder / "scores.csv").read_text().splitlines()
     assert head == "image,prompt,contrast,sharpness,total" and len(rows) == 2
+
+
+def test_memory_and_time_of_the_preset_are_those_of_the_table(capsys):
+    assert main(shlex.split(PLAN)) == 0
+    told = capsys.readouterr().out
+    memory = re.search(r"^peak of each device +([\d.]+) GiB", told, re.M)
+    seconds = re.search(r"^iteration +([\d.]+) s", told, re.M)
+    assert memory and f"takes {float(memory[1]):.1f} GiB" in README
+    assert seconds and re.search(
+        rf"^\| `sd15` \|.*\| {float(seconds[1]) / 60:.1f} \|$", README, re.M
+    )
 
 
 def test_reward_is_served(folder):

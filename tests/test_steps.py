@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import chi2_contingency, norm
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.grpo import guarded_log_ratio
+from diffusion_grpo.prompt_types import Prompt
+from diffusion_grpo.prompts import prompt_batch
 from diffusion_grpo.schedule import (
     SchedulerConfig,
     alphas_cumprod,
@@ -26,6 +28,7 @@ from diffusion_grpo.steps import (
     noise_window,
     plan_steps,
     step_weights,
+    update_draw,
 )
 
 
@@ -104,6 +107,17 @@ def test_steps_are_drawn_uniformly_and_without_replacement():
     assert sum(counts.values()) == 600  # every draw is one of the six pairs, in order
     assert min(counts.values()) > 60 and max(counts.values()) < 140
     assert draws[3] == tuple(choose_steps(active, 2, (5, 3, 1)).tolist())
+
+
+def test_steps_of_an_update_do_not_depend_on_the_prompt_that_is_drawn():
+    weighted = [Prompt("a red circle", weight=1.0), Prompt("a blue square", weight=1.01)]
+    active = jnp.arange(10)
+    counts = np.zeros((2, 10))
+    for iteration in range(2000):
+        ((index, _),) = prompt_batch(weighted, seed=3, iteration=iteration, num_prompts=1)
+        counts[index, choose_steps(active, 2, update_draw(3, iteration, 0))] += 1
+    # Independent: both prompts have each step as often, but for chance.
+    assert chi2_contingency(counts).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
