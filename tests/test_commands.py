@@ -1,6 +1,7 @@
 """The commands that look at models and runs, on a checkpoint that Diffusers itself wrote."""
 
 import json
+import os
 import re
 import threading
 import urllib.error
@@ -21,6 +22,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
+from diffusion_grpo import cli
 from diffusion_grpo.cli import main
 from diffusion_grpo.commands.models import find_model, reward_options
 from diffusion_grpo.commands.view import make_server
@@ -28,6 +30,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.metrics import metric_meanings, read_metrics
 from diffusion_grpo.pipeline import generate
+from diffusion_grpo.plan import USABLE
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.report import report_data
 
@@ -430,3 +433,13 @@ def test_a_run_without_a_model_says_how_to_get_one(tmp_path):
         find_model(str(tmp_path))
     with pytest.raises(UsageError, match="no best/; expected a run with --eval.every"):
         find_model(f"{tmp_path}@best")
+
+
+def test_of_a_gpu_s_memory_as_much_is_asked_for_as_plan_counts_on(monkeypatch):
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.setenv(name, "0.5")
+    cli._prepare_jax()
+    assert os.environ[name] == "0.5"  # the user's own stays
+    monkeypatch.delenv(name)
+    cli._prepare_jax()
+    assert float(os.environ[name]) == USABLE

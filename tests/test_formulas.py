@@ -209,12 +209,17 @@ def guard():
 
 def estimator(kind):
     def measure():
-        x = torch.tensor(DELTA, requires_grad=True)
-        value = {"k1": x, "k2": x**2 / 2, "k3": (-x).exp() - 1 + x}[kind]
-        value.sum().backward()
-        slope = jax.grad(lambda x: kl_estimate(x, kind).sum())(f32(DELTA))
-        assert x.grad is not None
-        return max(error(kl_estimate(f32(DELTA), kind), value.detach()), error(slope, x.grad))
+        worst = 0.0
+        for elements in (1, 256):
+            x = torch.tensor(DELTA, requires_grad=True)
+            many = torch.tensor(elements)
+            value = {"k1": x, "k2": many * x**2 / 2, "k3": many * ((-x).exp() - 1 + x)}[kind]
+            value.sum().backward()
+            slope = jax.grad(lambda x, n=elements: kl_estimate(x, kind, elements=n).sum())
+            assert x.grad is not None
+            found = kl_estimate(f32(DELTA), kind, elements=elements)
+            worst = max(worst, error(found, value.detach()), error(slope(f32(DELTA)), x.grad))
+        return worst
 
     return measure
 
@@ -352,7 +357,7 @@ FORMULAS = [
             "divergence PPO", "NumPy", 5e-7, dppo),
     Formula("GRPO-Guard's ratio", "exp((log ρ + ‖Δμ‖²/(2σ²)) σ)", "`grpo.guard`", "GRPO-Guard",
             "NumPy", 1e-6, guard),
-    Formula("clip range", "(1 ± ε)^s, s = √(D₀/D) √(Σ w²s²/mean s²), × D for the sum",
+    Formula("clip range", "(1 ± ε)^κ, κ = √(D₀/D) √(Σ w²s²/mean s²), × D for the sum",
             "`grpo.clip_scale`", "`steps.clip_scale`", "Python", 1e-12, clip_range),
     Formula("KL", "‖μ_θ−μ_ref‖²/(2σ²)", "`grpo.kl exact`", "the normal distribution",
             "SciPy quadrature", 5e-7, exact_kl),
@@ -360,9 +365,9 @@ FORMULAS = [
             "the normal distribution", "SciPy quadrature", 5e-7, kl_of_two_scales),
     Formula("", "δ = log π_θ − log π_ref, and its gradient", "`grpo.kl k1`", "Schulman 2020",
             "PyTorch", 5e-7, estimator("k1")),
-    Formula("", "δ²/2, and its gradient", "`grpo.kl k2`", "Schulman 2020", "PyTorch", 5e-7,
+    Formula("", "D δ²/2, and its gradient", "`grpo.kl k2`", "Schulman 2020", "PyTorch", 5e-7,
             estimator("k2")),
-    Formula("", "e^(−δ) − 1 + δ, and its gradient", "`grpo.kl k3`", "Schulman 2020", "PyTorch",
+    Formula("", "D (e^(−δ) − 1 + δ), and its gradient", "`grpo.kl k3`", "Schulman 2020", "PyTorch",
             3e-6, estimator("k3")),
     Formula("", "mean‖Δμ‖²/(2σ_t²), σ_t the noise a unit of flow time", "`grpo.kl flow_grpo`",
             "Liu et al. 2025 (Flow-GRPO)", "NumPy, on the straight path", 1e-5, flow_grpo),
@@ -389,6 +394,12 @@ What is summed over steps and differentiated (ratios over a trajectory, a few of
 and correction in the loss) is compared with the whole loss written in one piece, by autodiff, in
 `tests/test_update.py`; DiffusionNFT's minimum with the closed form on Gaussian data, for v-, ε- and
 x₀-prediction, in `tests/test_nft.py`.
+
+Log-probs, and with them δ, and KLs are means over the D elements of a latent unless
+`grpo.log_prob_reduction` is `sum`; the factor D of k2 and k3 is 1 then. A KL in the loss is summed
+over the steps, which `grpo.step_weights` do not weigh; that of `flow_grpo` is their mean. With
+`grpo.ratio step` the weights are those of the steps' losses. For ε-prediction the errors of
+DiffusionNFT are multiplied by √ᾱ_t, unlike in the paper, where they have no bound.
 
 """
 
