@@ -118,7 +118,7 @@ def time_lapse_strip(
     entries = chosen_evaluations(gallery, most)
     images = [gallery.images(entry)[:: entry.group][:prompts] for entry in entries]
     captions = entries[0].prompts[:: entries[0].group][:prompts]
-    scores = [gallery.numbers(entry, "total")[:: entry.group][:prompts] for entry in entries]
+    scores = [entry.numbers("total")[:: entry.group][:prompts] for entry in entries]
     return comparison_grid(
         images, [when(entry) for entry in entries], captions, scores=scores, text_size=text_size
     )

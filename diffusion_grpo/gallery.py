@@ -58,6 +58,10 @@ class Entry:
     tasks: list[str] | None = None
     summary: dict[str, Any] | None = None
 
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a reward's scores, float64 [B]; NaN where it failed."""
+        return np.array(self.scores[name], np.float64)
+
 
 class Gallery:
     """Writes the sheets of a run, and reads them back."""
@@ -143,10 +147,6 @@ class Gallery:
             ]
         )
 
-    def numbers(self, entry: Entry, name: str) -> np.ndarray:
-        """Return a reward's scores of a sheet, float64 [B]; NaN where it failed."""
-        return np.array(entry.scores[name], np.float64)
-
     def truncate_after(self, done: int, *, evaluated: bool = True) -> None:
         """Forget what came after `done` iterations, before a run goes on from its checkpoint.
 
@@ -154,8 +154,8 @@ class Gallery:
             done: iterations.
             evaluated: keep the evaluation after the last of them.
         """
-        kept = done if evaluated or not done else done - 1
-        last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", kept))
+        evaluation = done if evaluated or not done else done - 1
+        last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", evaluation))
         self._last = {}
         for kind, iteration in last:
             entries = self.entries(kind)

@@ -18,6 +18,7 @@ from diffusion_grpo.errors import RunError, UsageError
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize
 from diffusion_grpo.gallery import Entry, Gallery, contact_sheet
+from diffusion_grpo.prompts import evaluated_on
 from diffusion_grpo.report import EARLY_STOP_FILE, write_report
 from diffusion_grpo.trackers import make_trackers
 
@@ -58,6 +59,7 @@ class Recorder:
         self.gallery.truncate_after(start, evaluated=evaluated)
         (directory / EARLY_STOP_FILE).unlink(missing_ok=True)
         self._directory = directory
+        self._prompts = evaluated_on(config.prompts.heldout, config.prompts.heldout_share)
         self._gold = dict(gold or {})
         self._patience, self._keep_best = config.eval.patience, config.eval.keep_best
         self._trackers = make_trackers(config, directory, start=start)
@@ -181,7 +183,9 @@ class Recorder:
         found = {"iterations": best, "mean": means[best], "by": list(self._gold) or ["total"]}
         text = json.dumps(found | {"model": where}, indent=2)
         (self._directory / "best.json").write_text(text + "\n", encoding="utf-8")
-        return f"best held-out mean {means[best]:.4f} after {best} iterations: {where}"
+        what = {"held-out": "held-out mean", "training": "mean over the training prompts"}
+        mean = f"{what[self._prompts]} {means[best]:.4f}"
+        return f"best {mean} after {best} iterations: {where}"
 
     def stop_reason(self) -> str | None:
         """Return why the run should stop, or None: `early_stop_reason` of the evaluations."""
@@ -204,7 +208,7 @@ class Recorder:
         return total / sum(map(abs, weights.values()))
 
     def _mean(self, entry: Entry, name: str) -> float:
-        return float(np.nanmean(self.gallery.numbers(entry, name)))
+        return float(np.nanmean(entry.numbers(name)))
 
     def report(self, *, now: bool = False) -> None:
         """Refresh `report.html`, now and then unless it has to be `now`.

@@ -107,10 +107,7 @@ def test_a_run_records_what_its_page_shows(run_dir):
     best = json.loads((run_dir / "best.json").read_text())
     assert (run_dir / "best").is_dir() == (best["model"] == "best/")
     # the gold reward is found under the name that it gives itself, and less of it is better
-    means = [
-        float(np.mean(gallery.numbers(entry, "brightness")))
-        for entry in gallery.entries("evaluation")
-    ]
+    means = [float(np.mean(entry.numbers("brightness"))) for entry in gallery.entries("evaluation")]
     assert best["by"] == ["brightness"] and best["mean"] == pytest.approx(-min(means), rel=1e-4)
     assert report_data([run_dir])["runs"][0]["gold"] == ["brightness"]
     # an evaluation writes its line, whatever run.log_every says

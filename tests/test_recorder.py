@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import time
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusion_grpo.config import Config, EvalConfig, RunConfig
+from diffusion_grpo.config import Config, EvalConfig, PromptsConfig, RunConfig
 from diffusion_grpo.errors import Preempted, RunError, UsageError
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
@@ -15,12 +16,14 @@ from diffusion_grpo.recorder import Recorder, early_stop_reason
 from diffusion_grpo.trackers import TensorBoard, check_trackers, make_trackers
 
 
-def evaluation(clip, gold=None, each=1, tasks=None):
+def evaluation(clip, gold=None, each=1, tasks=None, lower=()):
     clip = np.asarray(clip, np.float32)
     scores = {"clip": clip} | ({} if gold is None else {"shapes": np.asarray(gold, np.float32)})
     images = np.random.default_rng(0).integers(0, 256, (len(clip), 16, 16, 3), dtype=np.uint8)
     prompts = [f"prompt {i // each}" for i in range(len(clip))]
-    return Evaluation(images, prompts, scores, clip, images_per_prompt=each, tasks=tasks)
+    return Evaluation(
+        images, prompts, scores, clip, images_per_prompt=each, tasks=tasks, lower=lower
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,17 @@ def test_best_model_is_that_of_the_gold_reward_and_the_reason_to_stop_is_kept(tm
         assert not (tmp_path / "best").exists()
         iterations = [entry.iteration for entry in recorder.gallery.entries("evaluation")]
         assert iterations == [0, 2, 4]
+
+
+def test_the_best_mean_is_said_to_be_over_the_prompts_that_were_drawn(tmp_path):
+    for heldout, said in (
+        ("list.txt", "held-out mean 0.2"),
+        (None, "mean over the training prompts"),
+    ):
+        settings = dataclasses.replace(config(tmp_path), prompts=PromptsConfig("a.txt", heldout))
+        with Recorder(settings, tmp_path / str(heldout)) as recorder:
+            recorder.evaluation(0, evaluation([0.1, 0.3]))
+            assert f"best {said}" in recorder.settle_best(0)
 
 
 def test_an_evaluation_that_was_not_finished_is_forgotten(tmp_path):
@@ -145,6 +159,16 @@ def test_summary_compares_the_same_prompts_and_seeds(tmp_path):
     assert "| clip | 3.5 [1.5, 5.5] | 1 [0, 2] | 75.0% [" in text
     assert "| b | 2 | 5.5 |" in text
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_wins_are_counted_the_way_that_is_better():
+    base, tuned = [1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 5.0, 4.0]  # two are higher, one lower, one equal
+    for lower, wins in (((), "62.5%"), (("clip",), "37.5%")):
+        found = summarize(evaluation(tuned, lower=lower), evaluation(base, lower=lower))
+        against = found["against_base"]["clip"]
+        assert f"{against['win_rate']:.1%}" == wins and against["difference"]["mean"] == 0.5
+        assert against["win_rate_low"] < against["win_rate"] < against["win_rate_high"]
+        assert wins in to_markdown("Evaluation", {"after": found})
 
 
 def test_a_single_image_has_no_error_and_no_diversity():

@@ -13,9 +13,10 @@ from tiny_run import config
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
-from diffusion_grpo.commands.models import Source, find_model, find_models
+from diffusion_grpo.commands.models import Source, find_model, find_models, run_prompts
 from diffusion_grpo.config import to_yaml
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.sampling import SamplingDefaults, write_sampling
 
 UNET = "unet/diffusion_pytorch_model"
@@ -157,6 +158,20 @@ def test_all_columns_are_drawn_as_the_run_was_evaluated(tmp_path, checkpoint, tr
     assert given == ["1.0", "2", "1", str(run)]
     assert "as run says but for what is given (guidance_scale)" in capsys.readouterr().err
     assert compared([checkpoint, trained], tmp_path) == ["3.0", "2", "1", str(trained)]
+
+
+def test_a_run_says_whether_what_it_is_evaluated_on_was_held_out(tmp_path, checkpoint):
+    lists = {"prompts__train": "animals", "prompts__heldout": "animals_heldout"}
+    names = [("animals_heldout", 0.0), ("None", 0.3), ("None", 0.0)]
+    found = []
+    for number, (heldout, share) in enumerate(names):
+        (folder := tmp_path / str(number)).mkdir()
+        changed = lists | {"prompts__heldout": heldout, "prompts__heldout_share": share}
+        own = run_prompts([str(write_run(folder, checkpoint, **changed))])
+        assert own is not None
+        found.append((own.which, len(own.prompts) == len(load_prompts("animals"))))
+    assert found == [("held-out", False), ("held-out", False), ("training", True)]
+    assert run_prompts(["shapes-diffusion"]) is None
 
 
 def test_compare_draws_prompts_that_the_run_held_out(tmp_path, checkpoint, trained):

@@ -13,10 +13,10 @@ import tyro
 from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
 from diffusion_grpo.commands.models import (
     find_models,
-    heldout_prompts,
     label,
     reward_options,
     run_model,
+    run_prompts,
 )
 from diffusion_grpo.comparison import comparison_grid, time_lapse_frames, time_lapse_strip
 from diffusion_grpo.errors import UsageError
@@ -170,8 +170,8 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     if options.prompt or options.prompts is not None:
         prompts = read_prompts(options.prompt, options.prompts, options.num_prompts)
-    elif (heldout := heldout_prompts(words)) is not None:
-        prompts = list(heldout[: options.num_prompts])
+    elif (own := run_prompts(words)) is not None:
+        prompts = list(own.prompts[: options.num_prompts])
     else:
         raise UsageError("give the prompts by --prompt TEXT ..., or by --prompts NAME|FILE")
     sources = find_models(words, revision=options.revision, variant=options.variant)
@@ -186,8 +186,8 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
         local_directory(source.place, revision=source.revision, variant=source.variant)
         for source in sources
     ]
-    number, own = _own_sampling(words, places)
-    sampling = dataclasses.replace(own, **given)
+    number, said = _own_sampling(words, places)
+    sampling = dataclasses.replace(said, **given)
     origin = "by default" if number is None else f"as {labels[number]} says"
     but = f" but for what is given ({', '.join(given)})" if given else ""
     talk.say(
