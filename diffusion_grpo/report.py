@@ -1,7 +1,8 @@
 """A run, or several, as one HTML page that needs nothing else: `report.html`.
 
-The page is built from the run directory alone: `config.yaml`, `metrics.jsonl`, the gallery's sheets
-and `evaluation.json`. Charts are drawn by uPlot (MIT License), whose code stands in the page.
+The page is built from files of the run directory: `config.yaml`, `metrics.jsonl`, `events.jsonl`,
+the gallery's sheets, and whether and why the run has ended (`evaluation.json`, `early_stop.json`).
+Charts are drawn by uPlot (MIT License), whose code stands in the page.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.events import read_events
 from diffusion_grpo.gallery import Entry, Gallery
 from diffusion_grpo.metrics import METRICS_FILE, metric_meanings, read_metrics
+from diffusion_grpo.prompts import evaluated_on
 from diffusion_grpo.report_warnings import run_warnings
 
 REPORT_FILE = "report.html"
@@ -108,12 +110,13 @@ def report_data(
     """
     if not run_dirs:
         raise UsageError("no run given: name one or more run directories")
-    runs = [_read_run(Path(run_dir)) for run_dir in run_dirs]
-    names = _different_names([Path(run["directory"]) for run in runs])
-    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        gallery = Gallery(run["directory"])
-        run["name"] = name
+    names = different_names([Path(run_dir) for run_dir in run_dirs])
+    runs = []
+    for number, (run_dir, name) in enumerate(zip(run_dirs, names, strict=True)):
+        gallery = Gallery(run_dir)
         sheets = gallery.entries("evaluation"), gallery.entries("rollout")
+        run = _read_run(Path(run_dir), sheets[0]) | {"name": name}
+        runs.append(run)
         if live:
             run["evaluations"], run["rollouts"] = (
                 [
@@ -123,11 +126,11 @@ def report_data(
                 for e in sheets
             )
         else:
-            _add_pictures(run, gallery, *sheets, budget // len(runs))
+            _add_pictures(run, gallery, *sheets, budget // len(run_dirs))
     return {"runs": runs, "docs": metric_meanings(), "live": live}
 
 
-def _read_run(directory: Path) -> dict[str, Any]:
+def _read_run(directory: Path, evaluations: Sequence[Entry]) -> dict[str, Any]:
     """Return what a run says but its pictures."""
     config = directory / "config.yaml"
     if not config.is_file() or not (directory / METRICS_FILE).is_file():
@@ -138,7 +141,10 @@ def _read_run(directory: Path) -> dict[str, Any]:
     text = config.read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     rows = read_metrics(directory)
-    gold = _gold(directory)
+    lists = values["prompts"]
+    evaluated = evaluated_on(lists["heldout"], lists["heldout_share"])
+    gold = dict((evaluations[-1].summary or {}).get("gold", {})) if evaluations else {}
+    told = run_warnings(rows, evaluations, gold, evaluated)
     stop = directory / EARLY_STOP_FILE
     stopped = json.loads(stop.read_text(encoding="utf-8")) if stop.is_file() else None
     done = rows[-1]["iteration"] + 1 if rows else 0
@@ -151,20 +157,15 @@ def _read_run(directory: Path) -> dict[str, Any]:
         "status": status,
         "iterations": values["run"]["iterations"],
         "config": text,
+        "evaluated": evaluated,
         "gold": list(gold),
         "single": len(values["reward"]["rewards"]) == 1,
-        "warnings": ([stopped["reason"]] if stopped else []) + run_warnings(directory, rows, gold),
+        "warnings": ([stopped["reason"]] if stopped else []) + told,
         "metrics": _columns(_thinned(rows)),
         "seconds": _training_seconds(rows, done),
         "events": read_events(directory)[-_MAX_EVENTS:],
         "rollouts_left_out": 0,
     }
-
-
-def _gold(directory: Path) -> dict[str, float]:
-    """Return name → weight of the gold rewards, as the last evaluation has them."""
-    entries = Gallery(directory).entries("evaluation")
-    return dict((entries[-1].summary or {}).get("gold", {})) if entries else {}
 
 
 def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -193,7 +194,7 @@ def _finite(value: Any) -> Any:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _different_names(directories: Sequence[Path]) -> list[str]:
+def different_names(directories: Sequence[Path]) -> list[str]:
     """Return the directories' names, with as many parents as tell them apart."""
     paths = [directory.resolve().parts for directory in directories]
     for length in range(1, max(map(len, paths))):
