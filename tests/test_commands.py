@@ -303,6 +303,15 @@ def test_time_lapse_is_drawn_from_what_the_run_recorded(run_dir, tmp_path):
     assert frames(animation)[0] == 3
 
 
+def test_an_animation_that_cannot_be_written_is_refused_before_the_strip_is(
+    run_dir, tmp_path, capsys
+):
+    words = ["compare", str(run_dir), "--strip", str(tmp_path / "s.png")]
+    assert main([*words, "--animation", str(tmp_path / "lapse.png")]) == 2
+    assert "expected a name that ends in .webp" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compare_refuses_a_page_its_file_cannot_hold_before_anything_is_drawn(
     run_dir, tmp_path, capsys, monkeypatch
 ):

@@ -248,9 +248,3 @@ def reward_options(
         ]
         return (*given, *own)
     return tuple(given)
-
-
-def label(word: str) -> str:
-    """Return a short name of a model for people: a run's name, or the last part of a path."""
-    path = Path(word)
-    return path.parent.name if path.name in ("final", "best") and path.parent.name else path.name
