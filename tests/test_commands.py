@@ -68,7 +68,7 @@ def run_dir(checkpoint, tmp_path_factory):
         "--prompts.heldout": prompts,
         "--reward.rewards": "jpeg_size",
         "--eval.gold": f"{judge}:score=-2",
-        "--run.log-every": 2,
+        "--run.log-every": 3,
         "--rollout.prompts-per-iteration": 2,
         "--rollout.images-per-prompt": 2,
         "--rollout.num-steps": 2,
@@ -110,7 +110,7 @@ def test_a_run_records_what_its_page_shows(run_dir):
     means = [float(np.mean(entry.numbers("brightness"))) for entry in gallery.entries("evaluation")]
     assert best["by"] == ["brightness"] and best["mean"] == pytest.approx(-min(means), rel=1e-4)
     assert report_data([run_dir])["runs"][0]["gold"] == ["brightness"]
-    # an evaluation writes its line, whatever run.log_every says
+    # an evaluation writes its line, whatever run.log_every says, and so does the last iteration
     assert [row["iteration"] for row in read_metrics(run_dir)] == [0, 1]
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("eval/reward/mean")] == [0, 1, 2]
