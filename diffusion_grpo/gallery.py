@@ -106,13 +106,13 @@ class Gallery:
             earlier = [old for old in self.entries(kind) if old.iteration < iteration]
             self._write(kind, [*earlier, entry])
         else:
-            with self._index(kind).open("a", encoding="utf-8") as file:
+            with self.index(kind).open("a", encoding="utf-8") as file:
                 file.write(_line(entry))
         self._last[kind] = iteration
 
     def entries(self, kind: Kind) -> list[Entry]:
         """Return the sheets' lines in order; a last line that was cut short is left out."""
-        path = self._index(kind)
+        path = self.index(kind)
         if not path.is_file():
             return []
         entries = []
@@ -160,16 +160,17 @@ class Gallery:
         for kind, iteration in last:
             entries = self.entries(kind)
             kept = [entry for entry in entries if entry.iteration <= iteration]
-            if self._index(kind).is_file():  # also without a last line that was cut short
+            if self.index(kind).is_file():  # also without a last line that was cut short
                 self._write(kind, kept)
 
-    def _index(self, kind: Kind) -> Path:
+    def index(self, kind: Kind) -> Path:
+        """Return the file of the sheets' lines, which changes with every sheet."""
         return self.folder / f"{kind}s.jsonl"
 
     def _write(self, kind: Kind, entries: Sequence[Entry]) -> None:
-        scratch = self._index(kind).with_suffix(".tmp")
+        scratch = self.index(kind).with_suffix(".tmp")
         scratch.write_text("".join(map(_line, entries)), encoding="utf-8")
-        os.replace(scratch, self._index(kind))
+        os.replace(scratch, self.index(kind))
 
 
 def contact_sheet(images: np.ndarray, longest: int) -> tuple[Image.Image, int, tuple[int, int]]:

@@ -8,23 +8,24 @@ Charts are drawn by uPlot (MIT License), whose code stands in the page.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from PIL import Image
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.events import read_events
+from diffusion_grpo.events import EVENTS_FILE, read_events
 from diffusion_grpo.gallery import Entry, Gallery
 from diffusion_grpo.metrics import METRICS_FILE, metric_meanings, read_metrics
+from diffusion_grpo.output_files import write_whole
 from diffusion_grpo.prompts import evaluated_on
 from diffusion_grpo.report_warnings import run_warnings
 
@@ -34,6 +35,7 @@ PICTURE_BYTES = 16_000_000  # of all sheets in a page; base64 makes a third more
 _MAX_POINTS = 3000  # of a curve
 _SMALLEST_TILE = 32
 _MAX_EVENTS = 300  # the last ones in a page
+_T = TypeVar("_T")
 _PAGE = Path(__file__).with_name("report_page")
 
 
@@ -55,15 +57,13 @@ def write_report(run_dir: str | Path, *, path: str | Path | None = None) -> Path
 
 
 def save_page(path: Path, page: str) -> Path:
-    """Write a page through a second file, so that a browser never reads half of it.
+    """Write a page as a whole, so that a browser never reads half of it.
 
     Raises:
         UsageError: it cannot be written.
     """
-    scratch = path.with_name(f"{path.name}.tmp")
     try:
-        scratch.write_text(page, encoding="utf-8")
-        os.replace(scratch, path)
+        write_whole(path, page)
     except OSError as error:
         raise UsageError(f"report {str(path)!r} cannot be written: {error.strerror}") from None
     return path
@@ -128,6 +128,23 @@ def report_data(
         else:
             _add_pictures(run, gallery, *sheets, budget // len(run_dirs))
     return {"runs": runs, "docs": metric_meanings(), "live": live}
+
+
+def read_files(run_dirs: Sequence[str | Path]) -> list[tuple[str, int, int]]:
+    """Return (path, time of the last change in ns, bytes) of the files that `report_data` reads.
+
+    Where they are equal, so is what the page shows.
+    """
+    found = []
+    names = ("config.yaml", METRICS_FILE, EVENTS_FILE, EARLY_STOP_FILE, "evaluation.json")
+    for directory in map(Path, run_dirs):
+        gallery = Gallery(directory)
+        paths = [directory / name for name in names]
+        for path in (*paths, gallery.index("evaluation"), gallery.index("rollout")):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((str(path), status.st_mtime_ns, status.st_size))
+    return found
 
 
 def _read_run(directory: Path, evaluations: Sequence[Entry]) -> dict[str, Any]:
@@ -234,7 +251,7 @@ def _add_pictures(
     """Put the sheets into the page as data URLs, within a number of bytes.
 
     Evaluations have up to half of it and rollouts the rest. What does not fit is reduced in size,
-    down to 32 pixels a tile; what then still does not fit is left out at even intervals, the first
+    down to 32 pixels a tile; what would not fit even then is left out at even intervals, the first
     and the last staying.
     """
     shown = _fit(gallery, evaluations, budget // 2)
@@ -247,6 +264,14 @@ def _add_pictures(
 
 def _fit(gallery: Gallery, entries: list[Entry], budget: int) -> list[tuple[Entry, bytes]]:
     files = [(e, gallery.folder / e.sheet) for e in entries if (gallery.folder / e.sheet).is_file()]
+    sizes = [path.stat().st_size for _, path in files]
+    if sum(sizes) > budget:
+        # Only what can be kept is read and reduced, which takes long: the largest sheet says how
+        # much smaller they become, and 0.9 leaves room for where they differ.
+        entry, path = files[sizes.index(max(sizes))]
+        data = path.read_bytes()
+        least = sum(sizes) * len(_reduced(entry, data, 0.0, 40)[1]) / len(data)
+        files = _evenly(files, int(0.9 * len(files) * budget / least))
     sheets = [(entry, path.read_bytes()) for entry, path in files]
     for quality in (60, 40):
         size = sum(len(data) for _, data in sheets)
@@ -257,22 +282,28 @@ def _fit(gallery: Gallery, entries: list[Entry], budget: int) -> list[tuple[Entr
         sheets = [_reduced(entry, data, factor, quality) for entry, data in sheets]
     size = sum(len(data) for _, data in sheets)
     while size > budget and len(sheets) > 2:
-        keep = max(2, min(len(sheets) - 1, int(len(sheets) * budget / size)))
-        chosen = {round(i * (len(sheets) - 1) / (keep - 1)) for i in range(keep)}
-        sheets = [sheet for i, sheet in enumerate(sheets) if i in chosen]
+        sheets = _evenly(sheets, min(len(sheets) - 1, int(len(sheets) * budget / size)))
         size = sum(len(data) for _, data in sheets)
     return sheets
 
 
-def _reduced(entry: Entry, data: bytes, factor: float, quality: int) -> tuple[Entry, bytes]:
+def _evenly(items: list[_T], keep: int) -> list[_T]:
+    """Return so many of the items at even intervals, at least the first and the last."""
+    if keep >= len(items) or len(items) <= 2:
+        return items
+    keep = max(2, keep)
+    return [items[round(i * (len(items) - 1) / (keep - 1))] for i in range(keep)]
 
+
+def _reduced(entry: Entry, data: bytes, factor: float, quality: int) -> tuple[Entry, bytes]:
+    """Return a sheet reduced by a factor, but to no less than `_SMALLEST_TILE`, and its entry."""
     longest = max(entry.tile)
     factor = min(1.0, max(factor, _SMALLEST_TILE / longest))
     tile = (max(1, round(entry.tile[0] * factor)), max(1, round(entry.tile[1] * factor)))
     with Image.open(io.BytesIO(data)) as sheet:
         across, down = sheet.width // entry.tile[0], sheet.height // entry.tile[1]
         small = sheet.convert("RGB").resize(
-            (across * tile[0], down * tile[1]), Image.Resampling.BOX, reducing_gap=None
+            (across * tile[0], down * tile[1]), Image.Resampling.BOX
         )
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=quality, method=4)

@@ -1,8 +1,14 @@
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
+import struct
 import threading
+import urllib.error
+import urllib.parse
+import urllib.request
 
 import numpy as np
 import pytest
@@ -12,7 +18,9 @@ from recorded_run import HOSTILE, record_run
 
 from diffusion_grpo import report
 from diffusion_grpo.commands.view import make_server
+from diffusion_grpo.commands.view import run as view
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.events import record_event
 from diffusion_grpo.gallery import Entry, Gallery
 from diffusion_grpo.metrics import MetricsLog, metric_meanings, read_metrics
 from diffusion_grpo.report import report_data, report_page, write_report
@@ -269,24 +277,104 @@ def test_runs_are_compared_on_the_same_charts(opened, run_dir, tmp_path):
 def test_a_live_page_follows_the_run(browser, tmp_path):
     directory = record_run(tmp_path / "live", iterations=2, heldout=4, finished=False)
     complaints = []
-    with make_server([str(directory)], every=0.2) as server:
+    with served(directory) as url:
+        page = browser.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(url)
+        assert "2 of 2 iterations so far" in page.locator("#subtitle").inner_text()
+        picture = page.locator("#lapse-grid .picture").first
+        assert "sheet/0/evaluation_00000.webp" in picture.get_attribute("style")
+        (directory / "evaluation.json").write_text("{}")
+        page.get_by_text("finished · ").wait_for()
+        page.close()
+    assert complaints == []
+
+
+@contextlib.contextmanager
+def served(*run_dirs, every=0.2):
+    with make_server([str(run_dir) for run_dir in run_dirs], every=every) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            page = browser.new_page()
-            page.on("console", lambda message: complaints.append(message.text))
-            page.on("pageerror", lambda error: complaints.append(str(error)))
-            page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
-            assert "2 of 2 iterations so far" in page.locator("#subtitle").inner_text()
-            picture = page.locator("#lapse-grid .picture").first
-            assert "sheet/0/evaluation_00000.webp" in picture.get_attribute("style")
-            (directory / "evaluation.json").write_text("{}")
-            page.get_by_text("finished · ").wait_for()
-            page.close()
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
         finally:
             server.shutdown()
             thread.join()
-    assert complaints == []
+
+
+def asked(url, tag=""):
+    """Status, ETag and body of an answer."""
+    try:
+        request = urllib.request.Request(url, headers={"If-None-Match": tag} if tag else {})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers["ETag"], answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, None, error.read()
+
+
+def test_a_live_page_is_built_anew_only_where_a_file_has_changed(tmp_path, monkeypatch):
+    directory = record_run(tmp_path / "live", iterations=2, heldout=4, finished=False)
+    with served(directory) as url:
+        _, tag, body = asked(f"{url}data.json")
+        assert json.loads(body)["runs"][0]["status"] == "2 of 2 iterations so far"
+        with monkeypatch.context() as patched:  # nothing may be read for an answer of 304
+            patched.setattr("diffusion_grpo.commands.view.report_data", None)
+            assert asked(f"{url}data.json", tag)[0] == 304
+        (directory / "evaluation.json").write_text("{}")
+        status, newer, body = asked(f"{url}data.json", tag)
+        assert status == 200 and newer != tag
+        assert json.loads(body)["runs"][0]["status"] == "finished"
+        lines = (directory / "metrics.jsonl").read_text()
+        for change in (
+            lambda: (directory / "metrics.jsonl").write_text(lines + '{"iteration": 2}\n'),
+            lambda: record_event(directory, 2, "more"),
+            lambda: (directory / "gallery" / "rollouts.jsonl").write_text(""),
+        ):
+            tag = newer
+            change()
+            status, newer, _ = asked(f"{url}data.json", tag)
+            assert status == 200 and newer != tag
+
+
+def test_a_live_page_stays_quiet_where_the_run_or_the_browser_goes(tmp_path, capfd):
+    directory = record_run(tmp_path / "прогон", iterations=2, heldout=4)
+    with served(directory) as url:
+        host, port = urllib.parse.urlsplit(url).netloc.split(":")
+        for _ in range(3):  # a browser that closes the connection at once, with a reset
+            with socket.create_connection((host, int(port))) as gone:
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                gone.sendall(b"GET / HTTP/1.0\r\nHost: localhost:80\r\n\r\n")
+        (directory / "config.yaml").unlink()
+        status, _, body = asked(f"{url}data.json")
+        assert status == 503 and "прогон" in body.decode()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_live_page_keeps_what_is_open_and_says_when_the_server_is_back(browser, tmp_path):
+    directory = record_run(tmp_path / "live", iterations=2, heldout=4, finished=False)
+    with served(directory) as url:
+        page = browser.new_page()
+        page.goto(url)
+        page.locator("#config summary").click()
+        page.locator("#swipe-prompt").evaluate("node => node.firstChild.id = 'first'")
+        with MetricsLog(directory) as log:
+            log.write(2, {"kl": 0.5})
+        page.get_by_text("3 of 2 iterations so far · ").wait_for()
+        assert page.locator("#config details").evaluate("node => node.open")
+        assert page.locator("#first").count() == 1  # a list that is open is not made anew
+        page.route("**/data.json", lambda route: route.abort())
+        page.get_by_text("the server has stopped").wait_for()
+        page.unroute("**/data.json")
+        page.get_by_text("3 of 2 iterations so far · ").wait_for()
+        page.close()
+
+
+def test_seconds_between_two_looks_are_a_number(tmp_path):
+    for every in ("nan", "inf", "0"):
+        with pytest.raises(UsageError, match=f"every is {float(every)}; expected a number above 0"):
+            view([str(tmp_path), "--every", every])
 
 
 def test_a_run_that_has_just_begun_has_a_page(opened, tmp_path):
@@ -317,6 +405,32 @@ def test_page_of_a_long_run_stays_under_25_megabytes(tmp_path):
     assert len(run["rollouts"]) + run["rollouts_left_out"] == 300
     assert run["rollouts"][0]["iteration"] == 0 and run["rollouts"][-1]["iteration"] == 299
     assert len(run["rollouts"]) >= 150 and len(run["evaluations"]) == 30
+
+
+def test_sheets_that_no_page_has_room_for_are_not_reduced(tmp_path, monkeypatch):
+    directory = record_run(tmp_path / "long", iterations=1, heldout=4)
+    index = directory / "gallery" / "rollouts.jsonl"
+    line = json.loads(index.read_text())
+    index.write_text("".join(json.dumps(line | {"iteration": i}) + "\n" for i in range(400)))
+    made, reduced = [], report._reduced
+    monkeypatch.setattr(report, "_reduced", lambda *a: made.append(1) or reduced(*a))
+    sheet = (directory / "gallery" / line["sheet"]).stat().st_size
+    run = report_data([directory], budget=10 * sheet)["runs"][0]
+    kept = [entry["iteration"] for entry in run["rollouts"]]
+    assert 20 <= len(kept) < 200 and (kept[0], kept[-1]) == (0, 399)
+    gaps = np.diff(kept)
+    assert gaps.max() <= 2 * gaps.min() + 1 and run["rollouts_left_out"] == 400 - len(kept)
+    assert len(made) <= 3 * len(kept)
+    assert sum(len(entry["source"]) for entry in run["rollouts"]) <= 10 * sheet * 4 / 3 + 40 * 400
+
+
+def test_a_page_is_written_beside_another_process_that_writes_it(run_dir, tmp_path):
+    (tmp_path / "report.html.tmp").mkdir()  # as if it were another's
+    path = write_report(run_dir, path=tmp_path / "report.html")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.html.tmp"]
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_report(run_dir, path=tmp_path / "report.html.tmp")
+    assert len(list(tmp_path.iterdir())) == 2 and path.stat().st_size > 1000
 
 
 def test_numbers_that_are_not_finite_leave_gaps_and_a_warning(tmp_path):
