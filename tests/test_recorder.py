@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from recorded_run import record_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusion_grpo.config import Config, EvalConfig, PromptsConfig, RunConfig
+from diffusion_grpo.config import Config, EvalConfig, PromptsConfig, RunConfig, load_config
 from diffusion_grpo.errors import Preempted, RunError, UsageError
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
@@ -104,10 +105,18 @@ def test_an_evaluation_that_was_not_finished_is_forgotten(tmp_path):
 def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(tmp_path):
     # No run is there, so that there can be no report.
     settings = Config(run=RunConfig(output=str(tmp_path), report=True))
-    with pytest.raises(Preempted), Recorder(settings, tmp_path):
-        raise Preempted("stopped")
+    with pytest.raises(KeyboardInterrupt), Recorder(settings, tmp_path):
+        raise KeyboardInterrupt("stopped")
     with pytest.raises(RunError), Recorder(settings, tmp_path):
         pass
+
+
+@pytest.mark.parametrize(("error", "written"), [(Preempted, False), (KeyboardInterrupt, True)])
+def test_a_run_that_is_preempted_spends_no_time_on_its_report(error, written, tmp_path):
+    directory = record_run(tmp_path / "run", iterations=1, heldout=4)
+    with pytest.raises(error), Recorder(load_config(str(directory / "config.yaml")), directory):
+        raise error("stopped")
+    assert (directory / "report.html").is_file() == written
 
 
 def test_the_best_model_is_that_of_the_weighted_gold_rewards(tmp_path):
@@ -189,6 +198,32 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in read.Scalars("reward/mean")] == [(1, 0.25), (2, 0.75)]
     assert "kl" in read.Tags()["scalars"]
+
+
+def test_tensorboard_hides_what_a_run_logged_that_begins_anew(tmp_path):
+    board = TensorBoard(tmp_path)  # killed before its first checkpoint
+    for step in range(3):
+        board.scalars(step, {"reward/mean": 0.25})
+    board.close()
+    time.sleep(1.1)
+    again = TensorBoard(tmp_path)
+    for step in range(2):
+        again.scalars(step, {"reward/mean": 0.75})
+    again.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("reward/mean")] == [(0, 0.75), (1, 0.75)]
+
+
+def test_a_resumed_run_does_not_log_its_untrained_model_again(tmp_path):
+    for start, value in ((0, 0.25), (2, 0.75)):
+        with Recorder(config(tmp_path), tmp_path, start=start) as recorder:
+            recorder.evaluation(0, evaluation([0.25, 0.25]))
+            recorder.metrics(start, {"reward/mean": value})
+            time.sleep(1.1)
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in read.Scalars("eval/reward/mean")] == [0]
+    assert [(e.step, e.value) for e in read.Scalars("reward/mean")] == [(1, 0.25), (3, 0.75)]
+    assert len(read.Images("eval/images")) == 1
 
 
 def test_tensorboard_has_histograms_and_pictures(tmp_path):
