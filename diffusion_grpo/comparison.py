@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Entry, Gallery
@@ -36,7 +36,8 @@ def comparison_grid(
     """Draw what several models make of the same prompts and seeds, a panel a picture.
 
     Args:
-        images: for each model, uint8 [N, H, W, 3] in the same order.
+        images: for each model, uint8 [N, H, W, 3] in the same order; smaller ones than those of
+            another model are enlarged to fit in their place.
         labels: one a model, above its column.
         captions: N prompts.
         scores: for each model float [N]; under each picture, and under those of the second model
@@ -52,7 +53,9 @@ def comparison_grid(
     counts = {len(model) for model in images} | {len(captions)}
     if len(counts) > 1 or len(labels) != len(images):
         raise ValueError(f"{sorted(counts)} images and captions: expected the same number of each")
-    columns = [enlarge(model, min_size=min_size, resample="lanczos") for model in images]
+    columns = _of_one_size(
+        [enlarge(model, min_size=min_size, resample="lanczos") for model in images]
+    )
     first_scores = scores[0] if scores else np.zeros(0)
     judged = bool(scores) and bool(np.isin(scores, (0, 1)).all())
     panels = []
@@ -77,6 +80,18 @@ def comparison_grid(
         )
         panels.append(strip)
     return draw_page(pack(panels), title=title, text_size=text_size)
+
+
+def _of_one_size(columns: Sequence[list[Image.Image]]) -> list[list[Image.Image]]:
+    """Enlarge the pictures of each column to the largest width and height, white beside them."""
+    size = tuple(max(column[0].size[side] for column in columns) for side in (0, 1))
+    method = Image.Resampling.LANCZOS
+    return [
+        column
+        if column[0].size == size
+        else [ImageOps.pad(cell, size, method, color="white") for cell in column]
+        for column in columns
+    ]
 
 
 def chosen_evaluations(gallery: Gallery, most: int) -> list[Entry]:
@@ -118,7 +133,7 @@ def time_lapse_strip(
     entries = chosen_evaluations(gallery, most)
     images = [gallery.images(entry)[:: entry.group][:prompts] for entry in entries]
     captions = entries[0].prompts[:: entries[0].group][:prompts]
-    scores = [gallery.numbers(entry, "total")[:: entry.group][:prompts] for entry in entries]
+    scores = [entry.numbers("total")[:: entry.group][:prompts] for entry in entries]
     return comparison_grid(
         images, [when(entry) for entry in entries], captions, scores=scores, text_size=text_size
     )

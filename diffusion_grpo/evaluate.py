@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,11 +32,11 @@ from diffusion_grpo.pipeline import (
     padded_chunks,
 )
 from diffusion_grpo.pretrained import StableDiffusion
-from diffusion_grpo.prompts import Prompt
+from diffusion_grpo.prompts import Prompt, evaluated_on
 from diffusion_grpo.reward import RewardSet, Scoring
 from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise
 from diffusion_grpo.schedule import Schedule, make_schedule
-from diffusion_grpo.stats import by_prompt, diversity, monitor
+from diffusion_grpo.stats import by_prompt, diversity, monitor, standard_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +93,12 @@ class Evaluation:
         return measured | ({} if self.kl is None else {"kl": self.kl})
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of N independent numbers, s/√N (s with the divisor N−1)."""
-    if len(values) < 2:
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
 def describe_list(prompts: PromptsConfig, count: int) -> str:
     """Return what an evaluation draws: how many images, and of which prompts."""
-    if prompts.heldout is None and prompts.heldout_share:
-        return f"{count} images of prompts held out of {prompts.train!r}"
-    if prompts.heldout is None:
+    if evaluated_on(prompts.heldout, prompts.heldout_share) == "training":
         return f"{count} images of the training prompts {prompts.train!r}"
+    if prompts.heldout is None:
+        return f"{count} images of prompts held out of {prompts.train!r}"
     return f"{count} images of the held-out prompts {prompts.heldout!r}"
 
 

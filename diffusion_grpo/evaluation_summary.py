@@ -15,16 +15,16 @@ def summarize(evaluation: Evaluation, base: Evaluation | None = None) -> dict[st
     """Return an evaluation's numbers: metrics, bootstrap intervals, and the paired comparison.
 
     Intervals are over prompts (`stats`). `against_base` has the mean difference and the share of
-    images that score higher than the base's at the same prompt and seed. `tasks` has each task's
-    mean, where the prompts' metadata have a task, `gold` the weight of each gold reward, and
-    `lower` names the rewards of which less is better.
+    images that score better than the base's at the same prompt and seed: higher, or lower for the
+    rewards that `lower` names, of which less is better. `tasks` has each task's mean, where the
+    prompts' metadata have a task, and `gold` the weight of each gold reward.
     """
     groups = evaluation.groups
     names = evaluation.reported
     summary: dict[str, Any] = {
         "images": len(evaluation.images),
         "prompts": int(groups[-1]) + 1,
-        "metrics": {name: _number(value) for name, value in evaluation.metrics().items()},
+        "metrics": {name: number_or_none(value) for name, value in evaluation.metrics().items()},
         "rewards": {
             name: _interval(bootstrap_mean(by_prompt(v, groups))) for name, v in names.items()
         },
@@ -47,7 +47,8 @@ def summarize(evaluation: Evaluation, base: Evaluation | None = None) -> dict[st
         summary["against_base"] = {}
         for name, values in names.items():
             first = base.reported[name]
-            rate = win_rate(values, first, groups)
+            pair = (first, values) if name in evaluation.lower else (values, first)
+            rate = win_rate(*pair, groups)
             summary["against_base"][name] = {
                 "difference": _interval(bootstrap_mean(by_prompt(values - first, groups))),
                 "win_rate": rate.value,
@@ -59,13 +60,13 @@ def summarize(evaluation: Evaluation, base: Evaluation | None = None) -> dict[st
 
 def _interval(interval: Interval) -> dict[str, float | None]:
     return {
-        "mean": _number(interval.value),
-        "low": _number(interval.low),
-        "high": _number(interval.high),
+        "mean": number_or_none(interval.value),
+        "low": number_or_none(interval.low),
+        "high": number_or_none(interval.high),
     }
 
 
-def _number(value: float) -> float | None:
+def number_or_none(value: float) -> float | None:
     """Return None for NaN, which JSON does not have."""
     return None if np.isnan(value) else value
 

@@ -58,6 +58,10 @@ class Entry:
     tasks: list[str] | None = None
     summary: dict[str, Any] | None = None
 
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a reward's scores, float64 [B]; NaN where it failed."""
+        return np.array(self.scores[name], np.float64)
+
 
 class Gallery:
     """Writes the sheets of a run, and reads them back."""
@@ -102,13 +106,13 @@ class Gallery:
             earlier = [old for old in self.entries(kind) if old.iteration < iteration]
             self._write(kind, [*earlier, entry])
         else:
-            with self._index(kind).open("a", encoding="utf-8") as file:
+            with self.index(kind).open("a", encoding="utf-8") as file:
                 file.write(_line(entry))
         self._last[kind] = iteration
 
     def entries(self, kind: Kind) -> list[Entry]:
         """Return the sheets' lines in order; a last line that was cut short is left out."""
-        path = self._index(kind)
+        path = self.index(kind)
         if not path.is_file():
             return []
         entries = []
@@ -143,10 +147,6 @@ class Gallery:
             ]
         )
 
-    def numbers(self, entry: Entry, name: str) -> np.ndarray:
-        """Return a reward's scores of a sheet, float64 [B]; NaN where it failed."""
-        return np.array(entry.scores[name], np.float64)
-
     def truncate_after(self, done: int, *, evaluated: bool = True) -> None:
         """Forget what came after `done` iterations, before a run goes on from its checkpoint.
 
@@ -154,22 +154,23 @@ class Gallery:
             done: iterations.
             evaluated: keep the evaluation after the last of them.
         """
-        kept = done if evaluated or not done else done - 1
-        last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", kept))
+        evaluation = done if evaluated or not done else done - 1
+        last: tuple[tuple[Kind, int], ...] = (("rollout", done - 1), ("evaluation", evaluation))
         self._last = {}
         for kind, iteration in last:
             entries = self.entries(kind)
             kept = [entry for entry in entries if entry.iteration <= iteration]
-            if self._index(kind).is_file():  # also without a last line that was cut short
+            if self.index(kind).is_file():  # also without a last line that was cut short
                 self._write(kind, kept)
 
-    def _index(self, kind: Kind) -> Path:
+    def index(self, kind: Kind) -> Path:
+        """Return the file of the sheets' lines, which changes with every sheet."""
         return self.folder / f"{kind}s.jsonl"
 
     def _write(self, kind: Kind, entries: Sequence[Entry]) -> None:
-        scratch = self._index(kind).with_suffix(".tmp")
+        scratch = self.index(kind).with_suffix(".tmp")
         scratch.write_text("".join(map(_line, entries)), encoding="utf-8")
-        os.replace(scratch, self._index(kind))
+        os.replace(scratch, self.index(kind))
 
 
 def contact_sheet(images: np.ndarray, longest: int) -> tuple[Image.Image, int, tuple[int, int]]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from diffusion_grpo.fonts import font_for
 
 Resample = Literal["nearest", "lanczos"]
 
@@ -162,10 +164,6 @@ def enlarge(images: np.ndarray, *, min_size: int, resample: Resample) -> list[Im
     return [Image.fromarray(image).resize(size, method) for image in images]
 
 
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
-
-
 def _wrap(text: str, font: Any, width: int, max_lines: int = 3) -> list[str]:
     """Break a text into lines of at most `width` pixels; the last line ends in … if it is cut."""
     lines: list[str] = []
@@ -210,9 +208,11 @@ def draw_strip(
 
     `heads` is the index of a cell to the text that begins above it; `split` is the index of the
     cell before which the gap is wide. `note_colors` has one color a note; gray without. A note that
-    is `RIGHT` or `WRONG` is drawn as a tick or a cross, which the font lacks.
+    is `RIGHT` or `WRONG` is drawn as a tick or a cross, which Pillow's font lacks.
     """
-    text, small = _font(text_size), _font(round(text_size * _SMALL))
+    heads = heads or {}
+    written = [caption, *heads.values(), *(note for note in notes if note not in _MARKS)]
+    text, small = (font_for(written, size) for size in (text_size, round(text_size * _SMALL)))
     cell_width, cell_height = cells[0].size
     lefts = [
         1 + index * (cell_width + _GAP) + (_MIDDLE - _GAP if split and index >= split else 0)
@@ -222,7 +222,6 @@ def draw_strip(
     note_lines = [_wrap(note, small, cell_width) for note in notes]
     caption_lines = _wrap(caption, text, width)
     note_rows = max(map(len, note_lines), default=0)
-    heads = heads or {}
     starts = sorted(heads)
     ends = [*(lefts[index] - _GAP for index in starts[1:]), width]
     head_lines = {
@@ -264,7 +263,7 @@ def draw_page(
     rows: Sequence[Sequence[Image.Image]], *, title: str, text_size: int = TEXT_SIZE
 ) -> Image.Image:
     """Lay strips out in rows on a white page with margins and a heading."""
-    font = _font(round(text_size * _LARGE))
+    font = font_for([title], round(text_size * _LARGE))
     columns = max(map(len, rows))
     step = max(strip.width for row in rows for strip in row) + 2 * _PADDING
     width = columns * step - 2 * _PADDING + 2 * _MARGIN

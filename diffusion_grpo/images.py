@@ -43,7 +43,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def check_image_path(path: str | Path) -> Path:
-    """Check that a PNG can be written at a path, before any work is done for it.
+    """Check that an image can be written at a path, before any work is done for it.
 
     Args:
         path: the file to be; an existing one may be replaced.
@@ -52,7 +52,8 @@ def check_image_path(path: str | Path) -> Path:
         The path, with `~` expanded.
 
     Raises:
-        UsageError: not a .png name, a directory, or a folder that is missing or not writable.
+        UsageError: a name that ends in none of .png, .webp, .jpg and .jpeg, a directory, or a
+            folder that is missing or not writable.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -70,6 +71,18 @@ def check_image_path(path: str | Path) -> Path:
         raise UsageError(f"image path {str(path)!r}: the folder {str(parent)!r} {state}")
     if not os.access(path if path.exists() else parent, os.W_OK):
         raise UsageError(f"image path {str(path)!r} is not writable: choose another folder")
+    return path
+
+
+def check_animation_path(path: str | Path) -> Path:
+    """Check that an animation can be written at a path, as `check_image_path` does.
+
+    Raises:
+        UsageError: as there, or the path is no .webp.
+    """
+    path = check_image_path(path)
+    if path.suffix.lower() != ".webp":
+        raise UsageError(f"animation path {str(path)!r}: expected a name that ends in .webp")
     return path
 
 
@@ -169,12 +182,9 @@ def save_animation(
         hold: how long the last one is.
 
     Raises:
-        UsageError: as `check_image_path`, the path is no .webp, or the frames are larger than WebP
-            holds.
+        UsageError: as `check_animation_path`, or the frames are larger than WebP holds.
     """
-    path = check_image_path(path)
-    if path.suffix.lower() != ".webp":
-        raise UsageError(f"animation path {str(path)!r}: expected a name that ends in .webp")
+    path = check_animation_path(path)
     check_image_size(path, frames[0].size, animated=True)
     durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
     rest = list(frames[1:])

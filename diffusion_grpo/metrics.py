@@ -1,7 +1,7 @@
 """What a run measures: `metrics.jsonl`, one JSON object a line, and the progress shown meanwhile.
 
-Every line has `iteration` and any of these; a name with `eval/` before it is the same over the
-held-out prompts.
+Every line has `iteration` and any of these; a name with `eval/` before it is the same over an
+evaluation: all its images, of the held-out prompts, or of the training list if none is held out.
 
 | name | unit | meaning |
 |---|---|---|
@@ -31,19 +31,21 @@ held-out prompts.
 | `time/reward` | s | wall time of the rewards after the last image is drawn |
 | `time/reward/<name>` | s | wall time of one reward; on the host mostly while images are drawn |
 | `images_per_second` | 1/s | images of the iteration by its wall time |
-| `eval/reward/mean`, `eval/reward/standard_error` | reward | held-out total, and its error |
-| `eval/reward/<name>/mean` | its own | one reward, trained on or gold, on the held-out prompts |
-| `diversity` | share | difference of a prompt's images, 0 to 1; held out if it has several |
-| `sharpness` | level | spread of the Laplacian; blur lowers it, grids raise it; of 32 images |
-| `saturation` | share | mean saturation of the colors; of 32 images |
-| `brightness` | level | mean luma; of 32 images |
-| `jpeg_kilobytes` | kB | size as a JPEG of quality 95; of 32 images |
-| `eval/kl` | nats* | KL to the reference over all steps of stochastic held-out trajectories |
+| `eval/reward/mean`, `eval/reward/standard_error` | reward | an evaluation's total, and error |
+| `eval/reward/<name>/mean` | its own | one reward of an evaluation, trained on or gold |
+| `diversity` | share | difference of a prompt's images, 0 to 1; with `eval/` if it has several |
+| `sharpness` | level | spread of the Laplacian; blur lowers it, grids raise it; of 32 images ‡ |
+| `saturation` | share | mean saturation of the colors; of 32 images ‡ |
+| `brightness` | level | mean luma; of 32 images ‡ |
+| `jpeg_kilobytes` | kB | size as a JPEG of quality 95; of 32 images ‡ |
+| `eval/kl` | nats* | of an evaluation: KL to the reference over stochastic trajectories |
 | `time/evaluate` | s | wall time of an evaluation |
 
 * by `log_prob_reduction`: a sum over the latent's elements, or their mean.
 
 † of several updates a rollout, means are over those after the first, at which ρ is 1.
+
+‡ evenly from those of the iteration; with `eval/` of all.
 
 JSON has no NaN and no infinity: they are written as the strings `"nan"`, `"inf"` and `"-inf"`, and
 `read_metrics` turns them back into numbers.
@@ -77,7 +79,7 @@ _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def metric_meanings() -> dict[str, str]:
     """Return name → unit and meaning of every metric, from the table above.
 
-    A name may have a placeholder, `reward/<name>/mean`, and `eval/` stands before held-out ones.
+    A name may have a placeholder, `reward/<name>/mean`, and `eval/` before it, of an evaluation.
     """
     meanings = {}
     for line in (__doc__ or "").splitlines():
@@ -340,12 +342,12 @@ class Progress:
         """Write a line, above the bar if there is one.
 
         Args:
-            text: written as it is, without markup.
+            text: written as it is: neither markup nor a name of an emoji is replaced.
         """
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False, emoji=False)
         else:
             print(text, file=self._stream, flush=True)
 

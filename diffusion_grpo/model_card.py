@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from diffusion_grpo import __version__
+from diffusion_grpo.prompts import evaluated_on
 from diffusion_grpo.resources import resource_path
 from diffusion_grpo.sampling import SamplingDefaults
 
@@ -94,17 +95,19 @@ def model_card(
         if embedded and kind != "diffusers"
         else "",
         f"The results are for DDIM steps, {said}.\n",
-        _results(run),
+        _results(run, config),
         f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
     ]
     return "\n".join(filter(None, parts))
 
 
-def _results(run: Path) -> str:
+def _results(run: Path, config: Mapping[str, Any]) -> str:
     file = run / "evaluation.json"
     if not file.is_file():
         return ""
     found = json.loads(file.read_text(encoding="utf-8"))
+    lists = config["prompts"]
+    which = evaluated_on(lists["heldout"], lists["heldout_share"])
     rows: list[Sequence[str]] = [
         (
             f"`{name}`",
@@ -117,10 +120,11 @@ def _results(run: Path) -> str:
     head = "| reward | before | after | difference |\n|---|---|---|---|\n"
     lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     return (
-        f"## Results\n\nMeans over {found['images']} held-out images of the model after the last "
-        f"iteration, ± standard error; the difference is that of pairs.\n\n{head}{lines}"
+        f"## Results\n\nMeans over {found['images']} images of {which} prompts before and after "
+        f"training, ± standard error; the difference is that of pairs.\n\n{head}{lines}"
     )
 
 
 def _with_error(row: Mapping[str, Any], name: str) -> str:
-    return f"{row[name]:.4f} ± {row[f'{name}_standard_error']:.4f}"
+    error = row[f"{name}_standard_error"]
+    return f"{row[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -1,8 +1,10 @@
-"""Files that a command is asked to write."""
+"""Files that are written: what a command is asked for, and what others may read meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,3 +30,21 @@ def check_output(path: Path, suffixes: Sequence[str]) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"output {str(path)!r} cannot be written; choose another folder or name")
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by way of a second one, so that nobody reads half of it.
+
+    The second file has a name of its own: another process may be writing the same file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ __all__ = [
     "LazyPrompts",
     "Prompt",
     "describe_prompts",
+    "evaluated_on",
     "is_held_out",
     "list_prompts",
     "load_heldout",
@@ -103,6 +104,16 @@ def load_heldout(
     if heldout is not None:
         return prompts, load_prompts(heldout)
     return split_prompts(prompts, share) if share else (prompts, prompts)
+
+
+def evaluated_on(heldout: str | None, share: float) -> Literal["held-out", "training"]:
+    """Return which prompts the evaluations are on that `load_heldout` loads.
+
+    Args:
+        heldout: as there.
+        share: as there.
+    """
+    return "held-out" if heldout is not None or share > 0 else "training"
 
 
 def _where(prompts: Sequence[Prompt], mask: Iterable[Any]) -> list[Prompt]:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from diffusion_grpo.config import Config
-from diffusion_grpo.errors import RunError, UsageError
+from diffusion_grpo.errors import Preempted, RunError, UsageError
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize
 from diffusion_grpo.gallery import Entry, Gallery, contact_sheet
+from diffusion_grpo.output_files import write_whole
+from diffusion_grpo.prompts import evaluated_on
 from diffusion_grpo.report import EARLY_STOP_FILE, write_report
 from diffusion_grpo.trackers import make_trackers
 
@@ -30,7 +32,10 @@ LOST = "not kept (the run ended there, and was made longer)"
 
 
 class Recorder:
-    """Records a run; a context that closes the trackers and writes the last report."""
+    """Records a run; a context that closes the trackers and writes the last report.
+
+    A run that is preempted has little time, and is resumed: its report is left as it is.
+    """
 
     def __init__(
         self,
@@ -57,7 +62,8 @@ class Recorder:
         self.gallery = Gallery(directory)
         self.gallery.truncate_after(start, evaluated=evaluated)
         (directory / EARLY_STOP_FILE).unlink(missing_ok=True)
-        self._directory = directory
+        self._directory, self._start = directory, start
+        self._prompts = evaluated_on(config.prompts.heldout, config.prompts.heldout_share)
         self._gold = dict(gold or {})
         self._patience, self._keep_best = config.eval.patience, config.eval.keep_best
         self._trackers = make_trackers(config, directory, start=start)
@@ -73,6 +79,8 @@ class Recorder:
         """Close the trackers, and write the report once more."""
         for tracker in self._trackers:
             tracker.close()
+        if kind is not None and issubclass(kind, Preempted):
+            return
         # What ended the run may be what the report cannot be written for; it is told, not this.
         with contextlib.suppress(*(() if kind is None else (RunError,))):
             self.report(now=True)
@@ -122,7 +130,8 @@ class Recorder:
             done: how many.
             evaluation: what it came to.
             last: after the last iteration. It goes to the trackers here, as the first does; the
-                numbers of others go with the metrics of their iteration.
+                numbers of others go with the metrics of their iteration. The first of a run that is
+                resumed after an iteration is there already.
 
         Returns:
             Its summary: metrics, intervals and, after the first, the comparison with that one.
@@ -143,7 +152,7 @@ class Recorder:
                 summary=summary,
             )
         sheet = contact_sheet(evaluation.images[:64], 256)[0]
-        for tracker in self._trackers:
+        for tracker in self._trackers if done or not self._start else ():
             tracker.picture(done, "eval/images", sheet)
             if last or not done:
                 metrics = evaluation.metrics()
@@ -181,7 +190,9 @@ class Recorder:
         found = {"iterations": best, "mean": means[best], "by": list(self._gold) or ["total"]}
         text = json.dumps(found | {"model": where}, indent=2)
         (self._directory / "best.json").write_text(text + "\n", encoding="utf-8")
-        return f"best held-out mean {means[best]:.4f} after {best} iterations: {where}"
+        what = {"held-out": "held-out mean", "training": "mean over the training prompts"}
+        mean = f"{what[self._prompts]} {means[best]:.4f}"
+        return f"best {mean} after {best} iterations: {where}"
 
     def stop_reason(self) -> str | None:
         """Return why the run should stop, or None: `early_stop_reason` of the evaluations."""
@@ -192,7 +203,7 @@ class Recorder:
         reason = early_stop_reason(history, self._patience) if self._gold else None
         if reason is not None:
             text = json.dumps({"iterations": history[-1][0], "reason": reason}, indent=2)
-            (self._directory / EARLY_STOP_FILE).write_text(text + "\n", encoding="utf-8")
+            write_whole(self._directory / EARLY_STOP_FILE, text + "\n")
         return reason
 
     def _evaluations(self) -> list[Entry]:
@@ -204,7 +215,7 @@ class Recorder:
         return total / sum(map(abs, weights.values()))
 
     def _mean(self, entry: Entry, name: str) -> float:
-        return float(np.nanmean(self.gallery.numbers(entry, name)))
+        return float(np.nanmean(entry.numbers(name)))
 
     def report(self, *, now: bool = False) -> None:
         """Refresh `report.html`, now and then unless it has to be `now`.

@@ -1,29 +1,32 @@
 """A run, or several, as one HTML page that needs nothing else: `report.html`.
 
-The page is built from the run directory alone: `config.yaml`, `metrics.jsonl`, the gallery's sheets
-and `evaluation.json`. Charts are drawn by uPlot (MIT License), whose code stands in the page.
+The page is built from files of the run directory: `config.yaml`, `metrics.jsonl`, `events.jsonl`,
+the gallery's sheets, and whether and why the run has ended (`evaluation.json`, `early_stop.json`).
+Charts are drawn by uPlot (MIT License), whose code stands in the page.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from PIL import Image
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.events import read_events
+from diffusion_grpo.events import EVENTS_FILE, read_events
 from diffusion_grpo.gallery import Entry, Gallery
 from diffusion_grpo.metrics import METRICS_FILE, metric_meanings, read_metrics
+from diffusion_grpo.output_files import write_whole
+from diffusion_grpo.prompts import evaluated_on
 from diffusion_grpo.report_warnings import run_warnings
 
 REPORT_FILE = "report.html"
@@ -32,6 +35,7 @@ PICTURE_BYTES = 16_000_000  # of all sheets in a page; base64 makes a third more
 _MAX_POINTS = 3000  # of a curve
 _SMALLEST_TILE = 32
 _MAX_EVENTS = 300  # the last ones in a page
+_T = TypeVar("_T")
 _PAGE = Path(__file__).with_name("report_page")
 
 
@@ -53,15 +57,13 @@ def write_report(run_dir: str | Path, *, path: str | Path | None = None) -> Path
 
 
 def save_page(path: Path, page: str) -> Path:
-    """Write a page through a second file, so that a browser never reads half of it.
+    """Write a page as a whole, so that a browser never reads half of it.
 
     Raises:
         UsageError: it cannot be written.
     """
-    scratch = path.with_name(f"{path.name}.tmp")
     try:
-        scratch.write_text(page, encoding="utf-8")
-        os.replace(scratch, path)
+        write_whole(path, page)
     except OSError as error:
         raise UsageError(f"report {str(path)!r} cannot be written: {error.strerror}") from None
     return path
@@ -108,12 +110,13 @@ def report_data(
     """
     if not run_dirs:
         raise UsageError("no run given: name one or more run directories")
-    runs = [_read_run(Path(run_dir)) for run_dir in run_dirs]
-    names = _different_names([Path(run["directory"]) for run in runs])
-    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        gallery = Gallery(run["directory"])
-        run["name"] = name
+    names = different_names([Path(run_dir) for run_dir in run_dirs])
+    runs = []
+    for number, (run_dir, name) in enumerate(zip(run_dirs, names, strict=True)):
+        gallery = Gallery(run_dir)
         sheets = gallery.entries("evaluation"), gallery.entries("rollout")
+        run = _read_run(Path(run_dir), sheets[0]) | {"name": name}
+        runs.append(run)
         if live:
             run["evaluations"], run["rollouts"] = (
                 [
@@ -123,11 +126,28 @@ def report_data(
                 for e in sheets
             )
         else:
-            _add_pictures(run, gallery, *sheets, budget // len(runs))
+            _add_pictures(run, gallery, *sheets, budget // len(run_dirs))
     return {"runs": runs, "docs": metric_meanings(), "live": live}
 
 
-def _read_run(directory: Path) -> dict[str, Any]:
+def read_files(run_dirs: Sequence[str | Path]) -> list[tuple[str, int, int]]:
+    """Return (path, time of the last change in ns, bytes) of the files that `report_data` reads.
+
+    Where they are equal, so is what the page shows.
+    """
+    found = []
+    names = ("config.yaml", METRICS_FILE, EVENTS_FILE, EARLY_STOP_FILE, "evaluation.json")
+    for directory in map(Path, run_dirs):
+        gallery = Gallery(directory)
+        paths = [directory / name for name in names]
+        for path in (*paths, gallery.index("evaluation"), gallery.index("rollout")):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((str(path), status.st_mtime_ns, status.st_size))
+    return found
+
+
+def _read_run(directory: Path, evaluations: Sequence[Entry]) -> dict[str, Any]:
     """Return what a run says but its pictures."""
     config = directory / "config.yaml"
     if not config.is_file() or not (directory / METRICS_FILE).is_file():
@@ -138,7 +158,10 @@ def _read_run(directory: Path) -> dict[str, Any]:
     text = config.read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     rows = read_metrics(directory)
-    gold = _gold(directory)
+    lists = values["prompts"]
+    evaluated = evaluated_on(lists["heldout"], lists["heldout_share"])
+    gold = dict((evaluations[-1].summary or {}).get("gold", {})) if evaluations else {}
+    told = run_warnings(rows, evaluations, gold, evaluated)
     stop = directory / EARLY_STOP_FILE
     stopped = json.loads(stop.read_text(encoding="utf-8")) if stop.is_file() else None
     done = rows[-1]["iteration"] + 1 if rows else 0
@@ -151,20 +174,15 @@ def _read_run(directory: Path) -> dict[str, Any]:
         "status": status,
         "iterations": values["run"]["iterations"],
         "config": text,
+        "evaluated": evaluated,
         "gold": list(gold),
         "single": len(values["reward"]["rewards"]) == 1,
-        "warnings": ([stopped["reason"]] if stopped else []) + run_warnings(directory, rows, gold),
+        "warnings": ([stopped["reason"]] if stopped else []) + told,
         "metrics": _columns(_thinned(rows)),
         "seconds": _training_seconds(rows, done),
         "events": read_events(directory)[-_MAX_EVENTS:],
         "rollouts_left_out": 0,
     }
-
-
-def _gold(directory: Path) -> dict[str, float]:
-    """Return name → weight of the gold rewards, as the last evaluation has them."""
-    entries = Gallery(directory).entries("evaluation")
-    return dict((entries[-1].summary or {}).get("gold", {})) if entries else {}
 
 
 def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -193,7 +211,7 @@ def _finite(value: Any) -> Any:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _different_names(directories: Sequence[Path]) -> list[str]:
+def different_names(directories: Sequence[Path]) -> list[str]:
     """Return the directories' names, with as many parents as tell them apart."""
     paths = [directory.resolve().parts for directory in directories]
     for length in range(1, max(map(len, paths))):
@@ -233,7 +251,7 @@ def _add_pictures(
     """Put the sheets into the page as data URLs, within a number of bytes.
 
     Evaluations have up to half of it and rollouts the rest. What does not fit is reduced in size,
-    down to 32 pixels a tile; what then still does not fit is left out at even intervals, the first
+    down to 32 pixels a tile; what would not fit even then is left out at even intervals, the first
     and the last staying.
     """
     shown = _fit(gallery, evaluations, budget // 2)
@@ -246,6 +264,14 @@ def _add_pictures(
 
 def _fit(gallery: Gallery, entries: list[Entry], budget: int) -> list[tuple[Entry, bytes]]:
     files = [(e, gallery.folder / e.sheet) for e in entries if (gallery.folder / e.sheet).is_file()]
+    sizes = [path.stat().st_size for _, path in files]
+    if sum(sizes) > budget:
+        # Only what can be kept is read and reduced, which takes long: the largest sheet says how
+        # much smaller they become, and 0.9 leaves room for where they differ.
+        entry, path = files[sizes.index(max(sizes))]
+        data = path.read_bytes()
+        least = sum(sizes) * len(_reduced(entry, data, 0.0, 40)[1]) / len(data)
+        files = _evenly(files, int(0.9 * len(files) * budget / least))
     sheets = [(entry, path.read_bytes()) for entry, path in files]
     for quality in (60, 40):
         size = sum(len(data) for _, data in sheets)
@@ -256,22 +282,28 @@ def _fit(gallery: Gallery, entries: list[Entry], budget: int) -> list[tuple[Entr
         sheets = [_reduced(entry, data, factor, quality) for entry, data in sheets]
     size = sum(len(data) for _, data in sheets)
     while size > budget and len(sheets) > 2:
-        keep = max(2, min(len(sheets) - 1, int(len(sheets) * budget / size)))
-        chosen = {round(i * (len(sheets) - 1) / (keep - 1)) for i in range(keep)}
-        sheets = [sheet for i, sheet in enumerate(sheets) if i in chosen]
+        sheets = _evenly(sheets, min(len(sheets) - 1, int(len(sheets) * budget / size)))
         size = sum(len(data) for _, data in sheets)
     return sheets
 
 
-def _reduced(entry: Entry, data: bytes, factor: float, quality: int) -> tuple[Entry, bytes]:
+def _evenly(items: list[_T], keep: int) -> list[_T]:
+    """Return so many of the items at even intervals, at least the first and the last."""
+    if keep >= len(items) or len(items) <= 2:
+        return items
+    keep = max(2, keep)
+    return [items[round(i * (len(items) - 1) / (keep - 1))] for i in range(keep)]
 
+
+def _reduced(entry: Entry, data: bytes, factor: float, quality: int) -> tuple[Entry, bytes]:
+    """Return a sheet reduced by a factor, but to no less than `_SMALLEST_TILE`, and its entry."""
     longest = max(entry.tile)
     factor = min(1.0, max(factor, _SMALLEST_TILE / longest))
     tile = (max(1, round(entry.tile[0] * factor)), max(1, round(entry.tile[1] * factor)))
     with Image.open(io.BytesIO(data)) as sheet:
         across, down = sheet.width // entry.tile[0], sheet.height // entry.tile[1]
         small = sheet.convert("RGB").resize(
-            (across * tile[0], down * tile[1]), Image.Resampling.BOX, reducing_gap=None
+            (across * tile[0], down * tile[1]), Image.Resampling.BOX
         )
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=quality, method=4)

@@ -13,7 +13,7 @@ import numpy as np
 from diffusion_grpo import processes
 from diffusion_grpo.config import Config
 from diffusion_grpo.evaluate import Evaluation
-from diffusion_grpo.evaluation_summary import summarize, to_markdown
+from diffusion_grpo.evaluation_summary import number_or_none, summarize, to_markdown
 from diffusion_grpo.grids import before_after_grid, image_grid
 from diffusion_grpo.images import save_image
 from diffusion_grpo.lora import lora_factors, merge_lora
@@ -58,11 +58,11 @@ def group_metrics(
 
 
 def describe(evaluation: Evaluation, when: str) -> str:
-    """Return one line: each reward's mean with its standard error."""
-    parts = [
-        f"{name} {values.mean():.4f} ± {evaluation.error(values):.4f}"
-        for name, values in evaluation.reported.items()
-    ]
+    """Return one line: each reward's mean with its standard error, if there are several prompts."""
+    parts = []
+    for name, values in evaluation.reported.items():
+        error = evaluation.error(values)
+        parts.append(f"{name} {values.mean():.4f}" + ("" if np.isnan(error) else f" ± {error:.4f}"))
     return f"evaluation, {when}: " + ", ".join(parts)
 
 
@@ -85,7 +85,8 @@ def means_title(before: Evaluation, after: Evaluation, shown: int) -> str:
 def save_results(config: Config, directory: Path, before: Evaluation, after: Evaluation) -> None:
     """Write the grids after training, `evaluation.json` and the same as Markdown.
 
-    It has, for each reward, the mean before and after, and the mean of the paired difference.
+    It has, for each reward, the mean before and after, and the mean of the paired difference, with
+    their standard errors: null where a single prompt is evaluated.
     """
     save_evaluation_grid(after, directory / "samples" / "after.png", "after training")
     each = config.eval.images_per_prompt
@@ -103,17 +104,18 @@ def save_results(config: Config, directory: Path, before: Evaluation, after: Eva
     summary = {
         name: {
             "before": float(first.mean()),
-            "before_standard_error": before.error(first),
+            "before_standard_error": number_or_none(before.error(first)),
             "after": float(ends[name].mean()),
-            "after_standard_error": after.error(ends[name]),
+            "after_standard_error": number_or_none(after.error(ends[name])),
             "difference": float((ends[name] - first).mean()),
-            "difference_standard_error": after.error(ends[name] - first),
+            "difference_standard_error": number_or_none(after.error(ends[name] - first)),
         }
         for name, first in before.reported.items()
     }
     evaluated = {"before": summarize(before), "after": summarize(after, before)}
     found = {"images": len(before.images), "rewards": summary} | evaluated
-    (directory / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+    text = json.dumps(found, indent=2, allow_nan=False)
+    (directory / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     (directory / "evaluation.md").write_text(to_markdown("Evaluation", evaluated), encoding="utf-8")
 
 

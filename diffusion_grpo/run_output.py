@@ -27,6 +27,9 @@ from diffusion_grpo.stats import MONITORS, diversity, monitor
 
 # Images of an iteration that are measured; all of a large one would take seconds.
 MEASURED = 32
+# Pixels a side that the grid of an iteration's images comes to at most, about: what stands around a
+# row takes some of it, and no image is made smaller than in the gallery.
+GRID_SIDE, GRID_AROUND = 4096, 48
 # A metric of iterations that were evaluated.
 EVALUATED = "eval/reward/mean"
 
@@ -219,7 +222,7 @@ class RunOutput:
             self._recorder.metrics(iteration, metrics)
 
     def samples(self, done: int, images: Any, prompts: Sequence[str], mean: float) -> None:
-        """Write the grid of an iteration's images, group by group.
+        """Write the grid of an iteration's images, group by group, reduced to about `GRID_SIDE`.
 
         Args:
             done: iterations.
@@ -232,7 +235,8 @@ class RunOutput:
             return
         columns = self._config.rollout.images_per_prompt
         title = f"iteration {done}: reward {mean:.4f}"
-        grid = image_grid(drawn, prompts, columns=columns, title=title)
+        longest = max(ROLLOUT_TILE, GRID_SIDE // max(columns, len(prompts)) - GRID_AROUND)
+        grid = image_grid(drawn, prompts, columns=columns, title=title, max_size=longest)
         save_image(self._directory / "samples" / f"iteration_{done:05d}.png", grid)
 
     def update(self, done: int, metrics: Mapping[str, Any]) -> None:

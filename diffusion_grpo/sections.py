@@ -278,7 +278,7 @@ class RunConfig(Section):
     sample_every: int = 10
     """Iterations between picture grids under samples/; 0 writes them only before and after."""
     log_every: int = 1
-    """Iterations between lines of metrics.jsonl."""
+    """Iterations between lines of metrics.jsonl; the last one has a line, too."""
     report: bool = True
     """Write report.html, refreshed about once a minute."""
     tensorboard: Literal["auto", "on", "off"] = "auto"

@@ -106,6 +106,13 @@ def win_rate(
     return Interval(rate, max(0.0, center - half), min(1.0, center + half))
 
 
+def standard_error(values: Float[np.ndarray, " N"]) -> float:
+    """Standard error of the mean of N independent numbers, s/√N (s with the divisor N−1)."""
+    if len(values) < 2:
+        return math.nan
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
 def by_prompt(
     values: Float[np.ndarray, " B"], groups: Sequence[int] | np.ndarray
 ) -> Float[np.ndarray, " P"]:

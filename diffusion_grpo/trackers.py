@@ -82,7 +82,12 @@ class TensorBoard:
     """An event file under the run's `tensorboard/`, written by TensorBoard's own writer."""
 
     def __init__(self, folder: Path, *, start: int = 0) -> None:
-        """Open the file; what an older one has past `start` is hidden when they are read."""
+        """Open the file; what older ones have past `start` is hidden when they are read.
+
+        Args:
+            folder: of the event files.
+            start: iterations done before; after 0 the untrained model is evaluated anew, too.
+        """
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         # Classes that protobuf makes at run time: a static import would not know them.
@@ -90,10 +95,11 @@ class TensorBoard:
         self._events: Any = importlib.import_module(f"{proto}.event_pb2")
         self._summaries: Any = importlib.import_module(f"{proto}.summary_pb2")
         folder.mkdir(parents=True, exist_ok=True)
+        older = any(folder.glob("events.out.tfevents.*"))
         self._writer = EventFileWriter(str(folder))
-        if start:
+        if older:
             kind = self._events.SessionLog  # the run goes on here
-            self._add(start + 1, session_log=kind(status=kind.START))
+            self._add(start + 1 if start else 0, session_log=kind(status=kind.START))
 
     def _add(self, step: int, **fields: Any) -> None:
         self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, **fields))

@@ -315,7 +315,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             stopped = quality = None
             if evaluation_due(config, done):
                 stopped, quality = evaluate(done, metrics, time.perf_counter())
-            elif done % config.run.log_every == 0:
+            elif done % config.run.log_every == 0 or done == config.run.iterations:
                 output.metrics(iteration, metrics)
             if save_due(config, done) or quality is not None:
                 checkpoints.save(done, leaves(state), quality=quality)

@@ -71,7 +71,7 @@ def run_dir(checkpoint, tmp_path_factory):
         "--prompts.heldout": prompts,
         "--reward.rewards": "jpeg_size",
         "--eval.gold": f"{judge}:score=-2",
-        "--run.log-every": 2,
+        "--run.log-every": 3,
         "--rollout.prompts-per-iteration": 2,
         "--rollout.images-per-prompt": 2,
         "--rollout.num-steps": 2,
@@ -110,13 +110,10 @@ def test_a_run_records_what_its_page_shows(run_dir):
     best = json.loads((run_dir / "best.json").read_text())
     assert (run_dir / "best").is_dir() == (best["model"] == "best/")
     # the gold reward is found under the name that it gives itself, and less of it is better
-    means = [
-        float(np.mean(gallery.numbers(entry, "brightness")))
-        for entry in gallery.entries("evaluation")
-    ]
+    means = [float(np.mean(entry.numbers("brightness"))) for entry in gallery.entries("evaluation")]
     assert best["by"] == ["brightness"] and best["mean"] == pytest.approx(-min(means), rel=1e-4)
     assert report_data([run_dir])["runs"][0]["gold"] == ["brightness"]
-    # an evaluation writes its line, whatever run.log_every says
+    # an evaluation writes its line, whatever run.log_every says, and so does the last iteration
     assert [row["iteration"] for row in read_metrics(run_dir)] == [0, 1]
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("eval/reward/mean")] == [0, 1, 2]
@@ -307,6 +304,15 @@ def test_time_lapse_is_drawn_from_what_the_run_recorded(run_dir, tmp_path):
             for y, x in corners
         )
     assert frames(animation)[0] == 3
+
+
+def test_an_animation_that_cannot_be_written_is_refused_before_the_strip_is(
+    run_dir, tmp_path, capsys
+):
+    words = ["compare", str(run_dir), "--strip", str(tmp_path / "s.png")]
+    assert main([*words, "--animation", str(tmp_path / "lapse.png")]) == 2
+    assert "expected a name that ends in .webp" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_compare_refuses_a_page_its_file_cannot_hold_before_anything_is_drawn(

@@ -46,6 +46,16 @@ def test_what_is_right_or_wrong_is_ticked_or_crossed():
     assert ticks.any() and crosses.any() and (ticks != crosses).any()
 
 
+def test_pictures_of_another_size_are_enlarged_to_fit_beside_the_others():
+    wide = np.full((1, 128, 256, 3), 60, np.uint8)  # twice as wide: white above and below
+    page = np.asarray(comparison_grid([np.full((1, 512, 512, 3), 10, np.uint8), wide], "ab", "c"))
+    for shade, width, height in ((10, 512, 512), (60, 512, 256)):
+        places = np.argwhere((page == shade).all(axis=-1))
+        assert (
+            tuple(np.ptp(places, axis=0) + 1) == (height, width) and len(places) == height * width
+        )
+
+
 def test_counts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="expected the same number"):
         comparison_grid([flat(1), flat(1, 3)], ["a", "b"], ["one", "two"])

@@ -188,6 +188,29 @@ def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_pa
     assert loaded[2] == (("../no/such/directory/here",), {})
 
 
+@pytest.mark.parametrize(
+    ("heldout", "share", "which"),
+    [("list", 0.0, "held-out"), (None, 0.1, "held-out"), (None, 0.0, "training")],
+)
+def test_the_card_says_which_prompts_the_results_are_on(heldout, share, which, tmp_path):
+    values = {
+        "model": {"pretrained": "owner/name", "trainable": "lora"},
+        "prompts": {"train": "animals", "heldout": heldout, "heldout_share": share},
+        "rollout": {},
+        "grpo": {"algorithm": "grpo"},
+        "reward": {"rewards": ["clip"]},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    row = {"before": 0.25, "after": 0.5, "difference": 0.25}
+    errors = {"before": 0.125, "after": 0.0625, "difference": None}  # None: of a single prompt
+    row |= {f"{name}_standard_error": value for name, value in errors.items()}
+    found = {"images": 3, "rewards": {"clip": row}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    card = model_card(tmp_path, "lora", SamplingDefaults())
+    assert f"Means over 3 images of {which} prompts before and after training" in card
+    assert "| `clip` | 0.2500 ± 0.1250 | 0.5000 ± 0.0625 | 0.2500 |\n" in card
+
+
 def test_the_card_of_the_best_model_says_after_how_many_iterations_it_is(finished, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

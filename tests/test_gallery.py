@@ -114,5 +114,5 @@ def test_an_image_that_a_reward_failed_on_has_no_score(tmp_path):
     gallery.add("rollout", 0, flat([1, 2]), ["a", "b"], scores, advantages=np.array([np.nan, 0]))
     (entry,) = gallery.entries("rollout")
     assert entry.scores == {"total": [None, 0.25]} and entry.advantages == [None, 0.0]
-    np.testing.assert_array_equal(gallery.numbers(entry, "total"), [np.nan, 0.25])
+    np.testing.assert_array_equal(entry.numbers("total"), [np.nan, 0.25])
     assert "NaN" not in (tmp_path / "gallery" / "rollouts.jsonl").read_text()

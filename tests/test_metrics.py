@@ -164,10 +164,10 @@ def test_on_a_terminal_a_bar_shows_the_same_and_messages_go_above_it(monkeypatch
         for done in range(1, 5):
             clock.now += 1.0
             progress.update(done, METRICS)
-        progress.message("saved [checkpoint] 4")
+        progress.message("saved [checkpoint] :fire: 4")
     shown = stream.getvalue()
     assert "iteration 4/4" in shown and "reward 0.2700  KL 1.20e-03  3.44 images/s" in shown
-    assert "saved [checkpoint] 4\n" in shown
+    assert "saved [checkpoint] :fire: 4\n" in shown
 
 
 def test_quiet_shows_nothing_and_verbose_every_iteration() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import time
@@ -5,9 +6,10 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from recorded_run import record_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusion_grpo.config import Config, EvalConfig, RunConfig
+from diffusion_grpo.config import Config, EvalConfig, PromptsConfig, RunConfig, load_config
 from diffusion_grpo.errors import Preempted, RunError, UsageError
 from diffusion_grpo.evaluate import Evaluation
 from diffusion_grpo.evaluation_summary import summarize, to_markdown
@@ -15,12 +17,14 @@ from diffusion_grpo.recorder import Recorder, early_stop_reason
 from diffusion_grpo.trackers import TensorBoard, check_trackers, make_trackers
 
 
-def evaluation(clip, gold=None, each=1, tasks=None):
+def evaluation(clip, gold=None, each=1, tasks=None, lower=()):
     clip = np.asarray(clip, np.float32)
     scores = {"clip": clip} | ({} if gold is None else {"shapes": np.asarray(gold, np.float32)})
     images = np.random.default_rng(0).integers(0, 256, (len(clip), 16, 16, 3), dtype=np.uint8)
     prompts = [f"prompt {i // each}" for i in range(len(clip))]
-    return Evaluation(images, prompts, scores, clip, images_per_prompt=each, tasks=tasks)
+    return Evaluation(
+        images, prompts, scores, clip, images_per_prompt=each, tasks=tasks, lower=lower
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,17 @@ def test_best_model_is_that_of_the_gold_reward_and_the_reason_to_stop_is_kept(tm
         assert iterations == [0, 2, 4]
 
 
+def test_the_best_mean_is_said_to_be_over_the_prompts_that_were_drawn(tmp_path):
+    for heldout, said in (
+        ("list.txt", "held-out mean 0.2"),
+        (None, "mean over the training prompts"),
+    ):
+        settings = dataclasses.replace(config(tmp_path), prompts=PromptsConfig("a.txt", heldout))
+        with Recorder(settings, tmp_path / str(heldout)) as recorder:
+            recorder.evaluation(0, evaluation([0.1, 0.3]))
+            assert f"best {said}" in recorder.settle_best(0)
+
+
 def test_an_evaluation_that_was_not_finished_is_forgotten(tmp_path):
     with Recorder(config(tmp_path), tmp_path) as recorder:
         for done, value in ((0, 0.1), (2, 0.9), (4, 0.5)):
@@ -90,10 +105,18 @@ def test_an_evaluation_that_was_not_finished_is_forgotten(tmp_path):
 def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(tmp_path):
     # No run is there, so that there can be no report.
     settings = Config(run=RunConfig(output=str(tmp_path), report=True))
-    with pytest.raises(Preempted), Recorder(settings, tmp_path):
-        raise Preempted("stopped")
+    with pytest.raises(KeyboardInterrupt), Recorder(settings, tmp_path):
+        raise KeyboardInterrupt("stopped")
     with pytest.raises(RunError), Recorder(settings, tmp_path):
         pass
+
+
+@pytest.mark.parametrize(("error", "written"), [(Preempted, False), (KeyboardInterrupt, True)])
+def test_a_run_that_is_preempted_spends_no_time_on_its_report(error, written, tmp_path):
+    directory = record_run(tmp_path / "run", iterations=1, heldout=4)
+    with pytest.raises(error), Recorder(load_config(str(directory / "config.yaml")), directory):
+        raise error("stopped")
+    assert (directory / "report.html").is_file() == written
 
 
 def test_the_best_model_is_that_of_the_weighted_gold_rewards(tmp_path):
@@ -147,6 +170,16 @@ def test_summary_compares_the_same_prompts_and_seeds(tmp_path):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def test_wins_are_counted_the_way_that_is_better():
+    base, tuned = [1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 5.0, 4.0]  # two are higher, one lower, one equal
+    for lower, wins in (((), "62.5%"), (("clip",), "37.5%")):
+        found = summarize(evaluation(tuned, lower=lower), evaluation(base, lower=lower))
+        against = found["against_base"]["clip"]
+        assert f"{against['win_rate']:.1%}" == wins and against["difference"]["mean"] == 0.5
+        assert against["win_rate_low"] < against["win_rate"] < against["win_rate_high"]
+        assert wins in to_markdown("Evaluation", {"after": found})
+
+
 def test_a_single_image_has_no_error_and_no_diversity():
     found = summarize(evaluation([1.0]))
     assert found["metrics"]["reward/standard_error"] is None and "diversity" not in found["metrics"]
@@ -165,6 +198,32 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in read.Scalars("reward/mean")] == [(1, 0.25), (2, 0.75)]
     assert "kl" in read.Tags()["scalars"]
+
+
+def test_tensorboard_hides_what_a_run_logged_that_begins_anew(tmp_path):
+    board = TensorBoard(tmp_path)  # killed before its first checkpoint
+    for step in range(3):
+        board.scalars(step, {"reward/mean": 0.25})
+    board.close()
+    time.sleep(1.1)
+    again = TensorBoard(tmp_path)
+    for step in range(2):
+        again.scalars(step, {"reward/mean": 0.75})
+    again.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("reward/mean")] == [(0, 0.75), (1, 0.75)]
+
+
+def test_a_resumed_run_does_not_log_its_untrained_model_again(tmp_path):
+    for start, value in ((0, 0.25), (2, 0.75)):
+        with Recorder(config(tmp_path), tmp_path, start=start) as recorder:
+            recorder.evaluation(0, evaluation([0.25, 0.25]))
+            recorder.metrics(start, {"reward/mean": value})
+            time.sleep(1.1)
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in read.Scalars("eval/reward/mean")] == [0]
+    assert [(e.step, e.value) for e in read.Scalars("reward/mean")] == [(1, 0.25), (3, 0.75)]
+    assert len(read.Images("eval/images")) == 1
 
 
 def test_tensorboard_has_histograms_and_pictures(tmp_path):

@@ -1,18 +1,27 @@
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
+import struct
 import threading
+import urllib.error
+import urllib.parse
+import urllib.request
 
 import numpy as np
 import pytest
+import yaml
 from playwright.sync_api import sync_playwright
 from recorded_run import HOSTILE, record_run
 
 from diffusion_grpo import report
 from diffusion_grpo.commands.view import make_server
+from diffusion_grpo.commands.view import run as view
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.gallery import Gallery
+from diffusion_grpo.events import record_event
+from diffusion_grpo.gallery import Entry, Gallery
 from diffusion_grpo.metrics import MetricsLog, metric_meanings, read_metrics
 from diffusion_grpo.report import report_data, report_page, write_report
 from diffusion_grpo.report_warnings import run_warnings
@@ -40,11 +49,12 @@ def opened(browser, run_dir, tmp_path):
     """The page in a browser that has no network; anything on the console fails the test."""
     complaints = []
 
-    def open_page(*run_dirs, **options):
+    def open_page(*run_dirs, script="", **options):
         path = tmp_path / "report.html"
         path.write_text(report_page(run_dirs or [run_dir]))
         page = browser.new_page(viewport={"width": 1200, "height": 900}, **options)
         page.context.set_offline(True)
+        page.add_init_script(script)
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(path.as_uri())
@@ -128,7 +138,7 @@ def test_of_a_reward_with_a_weight_below_0_less_is_better(opened, run_dir, monke
     count = len(last["prompts"])
     first["scores"]["clip"], last["scores"]["clip"] = [0.9] * count, [0.1] * count
     last["scores"]["clip"][3] = 0.01
-    won = {"win_rate": 0.1, "win_rate_low": 0.05, "win_rate_high": 0.2}
+    won = {"win_rate": 0.9, "win_rate_low": 0.8, "win_rate_high": 0.95}
     last["summary"] |= {"against_base": {"clip": won}}
 
     def drawn(lower):
@@ -138,12 +148,57 @@ def test_of_a_reward_with_a_weight_below_0_less_is_better(opened, run_dir, monke
         page.locator("#extremes-by").select_option("clip")
         card = page.locator("#summary div", has_text="clip").first
         best = page.locator("#best").inner_text()
-        return card.locator("dd").first.get_attribute("class"), card.inner_text(), best
+        tone = card.locator("dd").first.get_attribute("class")
+        return tone, card.inner_text(), best, page.locator("#swipe-prompt").input_value()
 
-    tone, text, best = drawn(["clip"])
-    assert tone == "good" and "wins 90 % [80, 95]" in text and "0.01" in best
-    tone, text, best = drawn([])
-    assert tone == "bad" and "wins 10 % [5, 20]" in text and "0.01" not in best
+    tone, text, best, first = drawn(["clip"])
+    assert tone == "good" and "wins 90 % [80, 95]" in text and "0.01" in best and first == "3"
+    tone, text, best, first = drawn([])  # wins are counted the way that is better
+    assert tone == "bad" and "wins 90 % [80, 95]" in text and "0.01" not in best and first != "3"
+
+
+def test_evaluations_on_the_training_prompts_are_not_called_held_out(opened, tmp_path):
+    directory = record_run(tmp_path / "run", iterations=2, evaluate_every=1, heldout=4)
+    assert "training prompts" not in opened(directory).locator("body").inner_text()
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    config["prompts"] |= {"heldout": None, "heldout_share": 0.25}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "held-out prompts" in opened(directory).locator("#summary").inner_text()
+    config["prompts"]["heldout_share"] = 0.0
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    (directory / "events.jsonl").unlink()
+    page = opened(directory)
+    for part, said in (
+        ("#summary", "clip, training prompts"),
+        ("#lapse", "The same training prompts"),
+        ("#charts", "training prompts: reward"),
+    ):
+        assert said in page.locator(part).inner_text()
+    said = page.locator("main").inner_text()
+    assert not re.search("held.out", said, re.IGNORECASE)
+
+
+def test_the_curves_of_one_run_differ_where_runs_are_compared(opened, run_dir, tmp_path):
+    other = record_run(tmp_path / "other", iterations=2, heldout=4)
+    spy = """window.dashes = new Set();
+    const set = CanvasRenderingContext2D.prototype.setLineDash;
+    CanvasRenderingContext2D.prototype.setLineDash = function (dash) {
+      window.dashes.add(String(dash)); set.call(this, dash); };"""
+    page = opened(run_dir, other, script=spy)
+    page.wait_for_timeout(100)
+    # smallest, mean and largest ratio, each drawn in its own way
+    assert len(page.evaluate("[...window.dashes]")) >= 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(59.4, "59 s"), (119.7, "2 min 0 s"), (3599.6, "1 h 0 min"), (3660, "1 h 1 min")],
+)
+def test_a_time_has_no_sixtieth_second(seconds, shown, opened, run_dir, monkeypatch):
+    data = report_data([run_dir])
+    data["runs"][0]["seconds"] = seconds
+    monkeypatch.setattr(report, "report_data", lambda *_, **__: data)
+    assert re.search(rf"(?m)^{shown}\b", opened().locator("#summary").inner_text())
 
 
 def test_table_is_sorted_and_filtered(opened, run_dir):
@@ -222,24 +277,104 @@ def test_runs_are_compared_on_the_same_charts(opened, run_dir, tmp_path):
 def test_a_live_page_follows_the_run(browser, tmp_path):
     directory = record_run(tmp_path / "live", iterations=2, heldout=4, finished=False)
     complaints = []
-    with make_server([str(directory)], every=0.2) as server:
+    with served(directory) as url:
+        page = browser.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(url)
+        assert "2 of 2 iterations so far" in page.locator("#subtitle").inner_text()
+        picture = page.locator("#lapse-grid .picture").first
+        assert "sheet/0/evaluation_00000.webp" in picture.get_attribute("style")
+        (directory / "evaluation.json").write_text("{}")
+        page.get_by_text("finished · ").wait_for()
+        page.close()
+    assert complaints == []
+
+
+@contextlib.contextmanager
+def served(*run_dirs, every=0.2):
+    with make_server([str(run_dir) for run_dir in run_dirs], every=every) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            page = browser.new_page()
-            page.on("console", lambda message: complaints.append(message.text))
-            page.on("pageerror", lambda error: complaints.append(str(error)))
-            page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
-            assert "2 of 2 iterations so far" in page.locator("#subtitle").inner_text()
-            picture = page.locator("#lapse-grid .picture").first
-            assert "sheet/0/evaluation_00000.webp" in picture.get_attribute("style")
-            (directory / "evaluation.json").write_text("{}")
-            page.get_by_text("finished · ").wait_for()
-            page.close()
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
         finally:
             server.shutdown()
             thread.join()
-    assert complaints == []
+
+
+def asked(url, tag=""):
+    """Status, ETag and body of an answer."""
+    try:
+        request = urllib.request.Request(url, headers={"If-None-Match": tag} if tag else {})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers["ETag"], answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, None, error.read()
+
+
+def test_a_live_page_is_built_anew_only_where_a_file_has_changed(tmp_path, monkeypatch):
+    directory = record_run(tmp_path / "live", iterations=2, heldout=4, finished=False)
+    with served(directory) as url:
+        _, tag, body = asked(f"{url}data.json")
+        assert json.loads(body)["runs"][0]["status"] == "2 of 2 iterations so far"
+        with monkeypatch.context() as patched:  # nothing may be read for an answer of 304
+            patched.setattr("diffusion_grpo.commands.view.report_data", None)
+            assert asked(f"{url}data.json", tag)[0] == 304
+        (directory / "evaluation.json").write_text("{}")
+        status, newer, body = asked(f"{url}data.json", tag)
+        assert status == 200 and newer != tag
+        assert json.loads(body)["runs"][0]["status"] == "finished"
+        lines = (directory / "metrics.jsonl").read_text()
+        for change in (
+            lambda: (directory / "metrics.jsonl").write_text(lines + '{"iteration": 2}\n'),
+            lambda: record_event(directory, 2, "more"),
+            lambda: (directory / "gallery" / "rollouts.jsonl").write_text(""),
+        ):
+            tag = newer
+            change()
+            status, newer, _ = asked(f"{url}data.json", tag)
+            assert status == 200 and newer != tag
+
+
+def test_a_live_page_stays_quiet_where_the_run_or_the_browser_goes(tmp_path, capfd):
+    directory = record_run(tmp_path / "прогон", iterations=2, heldout=4)
+    with served(directory) as url:
+        host, port = urllib.parse.urlsplit(url).netloc.split(":")
+        for _ in range(3):  # a browser that closes the connection at once, with a reset
+            with socket.create_connection((host, int(port))) as gone:
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                gone.sendall(b"GET / HTTP/1.0\r\nHost: localhost:80\r\n\r\n")
+        (directory / "config.yaml").unlink()
+        status, _, body = asked(f"{url}data.json")
+        assert status == 503 and "прогон" in body.decode()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_live_page_keeps_what_is_open_and_says_when_the_server_is_back(browser, tmp_path):
+    directory = record_run(tmp_path / "live", iterations=2, heldout=4, finished=False)
+    with served(directory) as url:
+        page = browser.new_page()
+        page.goto(url)
+        page.locator("#config summary").click()
+        page.locator("#swipe-prompt").evaluate("node => node.firstChild.id = 'first'")
+        with MetricsLog(directory) as log:
+            log.write(2, {"kl": 0.5})
+        page.get_by_text("3 of 2 iterations so far · ").wait_for()
+        assert page.locator("#config details").evaluate("node => node.open")
+        assert page.locator("#first").count() == 1  # a list that is open is not made anew
+        page.route("**/data.json", lambda route: route.abort())
+        page.get_by_text("the server has stopped").wait_for()
+        page.unroute("**/data.json")
+        page.get_by_text("3 of 2 iterations so far · ").wait_for()
+        page.close()
+
+
+def test_seconds_between_two_looks_are_a_number(tmp_path):
+    for every in ("nan", "inf", "0"):
+        with pytest.raises(UsageError, match=f"every is {float(every)}; expected a number above 0"):
+            view([str(tmp_path), "--every", every])
 
 
 def test_a_run_that_has_just_begun_has_a_page(opened, tmp_path):
@@ -272,6 +407,32 @@ def test_page_of_a_long_run_stays_under_25_megabytes(tmp_path):
     assert len(run["rollouts"]) >= 150 and len(run["evaluations"]) == 30
 
 
+def test_sheets_that_no_page_has_room_for_are_not_reduced(tmp_path, monkeypatch):
+    directory = record_run(tmp_path / "long", iterations=1, heldout=4)
+    index = directory / "gallery" / "rollouts.jsonl"
+    line = json.loads(index.read_text())
+    index.write_text("".join(json.dumps(line | {"iteration": i}) + "\n" for i in range(400)))
+    made, reduced = [], report._reduced
+    monkeypatch.setattr(report, "_reduced", lambda *a: made.append(1) or reduced(*a))
+    sheet = (directory / "gallery" / line["sheet"]).stat().st_size
+    run = report_data([directory], budget=10 * sheet)["runs"][0]
+    kept = [entry["iteration"] for entry in run["rollouts"]]
+    assert 20 <= len(kept) < 200 and (kept[0], kept[-1]) == (0, 399)
+    gaps = np.diff(kept)
+    assert gaps.max() <= 2 * gaps.min() + 1 and run["rollouts_left_out"] == 400 - len(kept)
+    assert len(made) <= 3 * len(kept)
+    assert sum(len(entry["source"]) for entry in run["rollouts"]) <= 10 * sheet * 4 / 3 + 40 * 400
+
+
+def test_a_page_is_written_beside_another_process_that_writes_it(run_dir, tmp_path):
+    (tmp_path / "report.html.tmp").mkdir()  # as if it were another's
+    path = write_report(run_dir, path=tmp_path / "report.html")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.html.tmp"]
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_report(run_dir, path=tmp_path / "report.html.tmp")
+    assert len(list(tmp_path.iterdir())) == 2 and path.stat().st_size > 1000
+
+
 def test_numbers_that_are_not_finite_leave_gaps_and_a_warning(tmp_path):
     directory = record_run(tmp_path / "run", iterations=3, heldout=4)
     with MetricsLog(directory) as log:
@@ -279,6 +440,10 @@ def test_numbers_that_are_not_finite_leave_gaps_and_a_warning(tmp_path):
     data = report_data([directory])["runs"][0]
     assert data["metrics"]["loss"][-1] is None and data["metrics"]["kl"][-1] is None
     assert "loss was not finite in iteration 4" in data["warnings"][0]
+
+
+def warned(directory, gold, rows=()):
+    return run_warnings(list(rows), Gallery(directory).entries("evaluation"), gold)
 
 
 def test_a_hacked_reward_is_told(tmp_path):
@@ -290,11 +455,38 @@ def test_a_hacked_reward_is_told(tmp_path):
     last["scores"] = first["scores"] | {"shapes": [0.2] * 4, "total": [0.95] * 4}
     last["summary"] = {"metrics": {"diversity": 0.1}}
     index.write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
-    found = run_warnings(directory, read_metrics(directory), {"shapes": 1.0})
-    assert "gold reward shapes fell from 0.9 to 0.2 while" in found[0]
+    found = warned(directory, {"shapes": 1.0}, read_metrics(directory))
+    assert "gold reward shapes fell from 0.9 to 0.2, by more than chance, while" in found[0]
     assert "diversity of a held-out prompt's images fell from 0.3 to 0.1" in found[1]
     # of a reward with a weight below 0, less is better: nothing got worse
-    assert not any("gold" in text for text in run_warnings(directory, [], {"shapes": -1.0}))
+    assert not any("gold" in text for text in warned(directory, {"shapes": -1.0}))
+
+
+def test_a_gold_reward_that_moves_by_chance_is_not_told():
+    def entry(done, gold, against=None, group=1):
+        scores = {"total": [0.1 * (done + 1)] * len(gold), "shapes": gold}
+        summary = {"against_base": {"shapes": {"difference": against}}} if against else {}
+        prompts = [f"prompt {i // group}" for i in range(len(gold))]
+        return Entry(done, "", 1, (8, 8), prompts, scores, group=group, summary=summary)
+
+    def told(gains, weight=1.0, **fields):
+        evaluations = [entry(0, [0.5] * len(gains)), entry(4, [0.5 + x for x in gains], **fields)]
+        return any("hacked" in text for text in run_warnings([], evaluations, {"shapes": weight}))
+
+    # The mean falls by 0.1 each time; its standard errors are 0.1 and 0.2 / sqrt(12) = 0.058.
+    within, beyond = [-0.3, 0.1, -0.3, 0.1], [-0.2, 0.0, -0.2, 0.0]
+    assert not told(within) and told(beyond * 2) and not told([-0.1])
+    # Pictures of one prompt are one number: two prompts, whose means fall by 0.2 and by 0.
+    assert not told([-0.2, -0.2, 0.0, 0.0], group=2)
+    # Where the evaluation has an interval, that decides.
+    interval = {"mean": -0.1, "low": -0.3, "high": 0.02}
+    assert not told(beyond * 2, against=interval) and told(
+        within, against=interval | {"high": -1e-3}
+    )
+    # Less is better: the interval of what rose lies above 0.
+    rose = {"mean": 0.1, "low": 1e-3, "high": 0.3}
+    assert told([0.1] * 4, -1.0, against=rose) and not told([0.1] * 4, 1.0, against=rose)
+    assert not told([0.1] * 4, -1.0, against=rose | {"low": -1e-3})
 
 
 def test_pictures_that_change_without_a_gold_reward_are_told(tmp_path):
@@ -306,17 +498,17 @@ def test_pictures_that_change_without_a_gold_reward_are_told(tmp_path):
     last["scores"] = first["scores"] | {"total": [0.95] * 4}
     last["summary"] = {"metrics": measured | {"saturation": 0.7, "sharpness": 25.0}}
     index.write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
-    (told,) = run_warnings(directory, [], {})
-    assert "the saturation of the held-out pictures went from 0.5 to 0.7 while" in told
-    assert run_warnings(directory, [], {"shapes": 1.0}) == []  # that one says whether it is good
+    (told,) = warned(directory, {})
+    assert "the saturation of pictures of the held-out prompts went from 0.5 to 0.7 while" in told
+    assert warned(directory, {"shapes": 1.0}) == []  # that one says whether it is good
 
 
 def test_a_group_that_becomes_one_picture_is_told_without_evaluations_of_several_images(tmp_path):
     directory = record_run(tmp_path / "run", iterations=3, heldout=4)
     rows = [{"iteration": i, "diversity": 0.3 if i < 15 else 0.1} for i in range(30)]
-    (told,) = run_warnings(directory, rows, {"shapes": 1.0})
+    (told,) = warned(directory, {"shapes": 1.0}, rows)
     assert "the diversity of a prompt's images fell from 0.3 to 0.1" in told
-    assert run_warnings(directory, rows[:19], {"shapes": 1.0}) == []  # too few to say
+    assert warned(directory, {"shapes": 1.0}, rows[:19]) == []  # too few to say
 
 
 def test_events_say_when_a_run_was_stopped_and_resumed(opened, run_dir):

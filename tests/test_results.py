@@ -51,6 +51,17 @@ def test_errors_are_of_prompts_and_that_of_the_difference_is_of_pairs(tmp_path):
     assert pairs.std() < 0.2 * means.std(axis=1).min()  # unpaired it would be another number
 
 
+def test_a_single_prompt_has_no_standard_error(saved):
+    images = np.full((2, 8, 8, 3), 100, np.uint8)
+    score = np.array([1, 2], np.float32)
+    one = Evaluation(images, ["a", "a"], {"clip": score}, score, images_per_prompt=2)
+    text = (saved(one, one) / "evaluation.json").read_text()
+    assert "NaN" not in text
+    found = json.loads(text)["rewards"]["clip"]
+    assert [found[f"{name}_standard_error"] for name in ("before", "difference")] == [None, None]
+    assert describe(one, "before") == "evaluation, before: clip 1.5000"
+
+
 def test_an_evaluation_says_which_list_it_is_on():
     assert describe_list(PromptsConfig("a.txt", "b.txt"), 3) == (
         "3 images of the held-out prompts 'b.txt'"

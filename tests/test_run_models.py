@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,9 +14,11 @@ from tiny_run import config
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
-from diffusion_grpo.commands.models import Source, find_model, find_models
+from diffusion_grpo.commands.compare import _labels
+from diffusion_grpo.commands.models import Source, find_model, find_models, run_prompts
 from diffusion_grpo.config import to_yaml
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.sampling import SamplingDefaults, write_sampling
 
 UNET = "unet/diffusion_pytorch_model"
@@ -157,6 +160,56 @@ def test_all_columns_are_drawn_as_the_run_was_evaluated(tmp_path, checkpoint, tr
     assert given == ["1.0", "2", "1", str(run)]
     assert "as run says but for what is given (guidance_scale)" in capsys.readouterr().err
     assert compared([checkpoint, trained], tmp_path) == ["3.0", "2", "1", str(trained)]
+
+
+def test_models_that_draw_in_different_sizes_are_shown_in_one(
+    tmp_path, checkpoint, capsys, monkeypatch
+):
+    large = shutil.copytree(checkpoint, tmp_path / "large")
+    settings = json.loads((large / "unet" / "config.json").read_text())
+    settings["sample_size"] *= 5
+    (large / "unet" / "config.json").write_text(json.dumps(settings))
+    shades = []
+
+    def generate(model, texts, **_):
+        shades.append(40 + 40 * len(shades))
+        return np.full((len(texts), *model.image_size, 3), shades[-1], np.uint8)
+
+    monkeypatch.setattr("diffusion_grpo.pipeline.generate", generate)
+    compared([checkpoint, large], tmp_path)
+    said = capsys.readouterr().err
+    assert re.search(r"different sizes \(base \d+ x \d+, large \d+ x \d+\); the smaller", said)
+    pixels = np.asarray(Image.open(tmp_path / "compare.png"))
+    counts = [(pixels == shade).all(axis=-1).sum() for shade in shades]
+    assert counts[0] == counts[1] > 128**2
+    # what is too large for the file is found where the second model is the large one, too
+    side = int(counts[0] ** 0.5)
+    monkeypatch.setattr("diffusion_grpo.images._LONGEST", {"WEBP": 2 * side})
+    words = ["compare", str(checkpoint), str(large), "--prompt", "a circle", "--output"]
+    assert main([*words, str(tmp_path / "page.webp")]) == 2
+    assert "compare fewer" in capsys.readouterr().err and len(shades) == 3
+
+
+def test_models_of_one_name_are_told_apart():
+    words = ["x/demo", "y/demo@base", "shapes-diffusion"]
+    labels = ["x/demo", "y/demo@base", "shapes-diffusion"]
+    assert _labels(words, ["x/demo/final", "base", words[2]]) == labels
+    assert _labels(["x/demo@base", "x/demo"], ["base", "x/demo/final"]) == ["demo@base", "demo"]
+    assert _labels(["x/a", "owner/b"], ["x/a/best", "owner/b"]) == ["a", "b"]
+
+
+def test_a_run_says_whether_what_it_is_evaluated_on_was_held_out(tmp_path, checkpoint):
+    lists = {"prompts__train": "animals", "prompts__heldout": "animals_heldout"}
+    names = [("animals_heldout", 0.0), ("None", 0.3), ("None", 0.0)]
+    found = []
+    for number, (heldout, share) in enumerate(names):
+        (folder := tmp_path / str(number)).mkdir()
+        changed = lists | {"prompts__heldout": heldout, "prompts__heldout_share": share}
+        own = run_prompts([str(write_run(folder, checkpoint, **changed))])
+        assert own is not None
+        found.append((own.which, len(own.prompts) == len(load_prompts("animals"))))
+    assert found == [("held-out", False), ("held-out", False), ("training", True)]
+    assert run_prompts(["shapes-diffusion"]) is None
 
 
 def test_compare_draws_prompts_that_the_run_held_out(tmp_path, checkpoint, trained):

@@ -350,7 +350,7 @@ def test_what_is_exported_is_what_was_evaluated(checkpoint, tmp_path, monkeypatc
     found = json.loads((run / "evaluation.json").read_text())["rewards"]["bright"]
     gallery = Gallery(run)
     evaluations = {entry.iteration: entry for entry in gallery.entries("evaluation")}
-    means = {done: gallery.numbers(entry, "total").mean() for done, entry in evaluations.items()}
+    means = {done: entry.numbers("total").mean() for done, entry in evaluations.items()}
     keys = image_keys(5, 0, np.arange(3), np.zeros(3, int), "evaluation_initial")
     noise = initial_noise(keys, LATENT)
     drawn = {

@@ -13,21 +13,22 @@ import tyro
 from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
 from diffusion_grpo.commands.models import (
     find_models,
-    heldout_prompts,
-    label,
     reward_options,
     run_model,
+    run_prompts,
 )
 from diffusion_grpo.comparison import comparison_grid, time_lapse_frames, time_lapse_strip
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.grids import TEXT_SIZE
 from diffusion_grpo.images import (
+    check_animation_path,
     check_image_path,
     check_image_size,
     save_animation,
     save_image,
 )
+from diffusion_grpo.report import different_names
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler, read_sampling
 
 # What has a say in a time-lapse.
@@ -138,9 +139,10 @@ def _time_lapse(options: CompareOptions) -> list[Path]:
             f"{options.models[0]!r} holds no run; expected what --run.output of `train` named"
         )
     gallery, written = Gallery(run), []
-    for path in (options.strip, options.animation):
-        if path is not None:
-            check_image_path(path)
+    if options.strip is not None:
+        check_image_path(options.strip)
+    if options.animation is not None:
+        check_animation_path(options.animation)
     if options.strip is not None:
         strip = time_lapse_strip(gallery, prompts=options.num_prompts, text_size=options.font_size)
         save_image(options.strip, strip, {"run": options.models[0]})
@@ -170,12 +172,12 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     SamplingDefaults(**given)  # refuses what is out of bounds before a model is read
     if options.prompt or options.prompts is not None:
         prompts = read_prompts(options.prompt, options.prompts, options.num_prompts)
-    elif (heldout := heldout_prompts(words)) is not None:
-        prompts = list(heldout[: options.num_prompts])
+    elif (own := run_prompts(words)) is not None:
+        prompts = list(own.prompts[: options.num_prompts])
     else:
         raise UsageError("give the prompts by --prompt TEXT ..., or by --prompts NAME|FILE")
     sources = find_models(words, revision=options.revision, variant=options.variant)
-    labels = [_label(word, source.place) for word, source in zip(words, sources, strict=True)]
+    labels = _labels(words, [source.place for source in sources])
 
     from diffusion_grpo.pipeline import generate
     from diffusion_grpo.pretrained import DTYPES, StableDiffusion, local_directory
@@ -186,8 +188,8 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
         local_directory(source.place, revision=source.revision, variant=source.variant)
         for source in sources
     ]
-    number, own = _own_sampling(words, places)
-    sampling = dataclasses.replace(own, **given)
+    number, said = _own_sampling(words, places)
+    sampling = dataclasses.replace(said, **given)
     origin = "by default" if number is None else f"as {labels[number]} says"
     but = f" but for what is given ({', '.join(given)})" if given else ""
     talk.say(
@@ -210,6 +212,7 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     if rewards is not None:
         rewards.check(texts, metadata, group_size=n, what="num_images")
     images: list[np.ndarray] = []
+    sizes: list[tuple[int, int]] = []
     settings: dict[str, Any] = sampling.settings() | {
         "sampler": options.sampler,
         "eta": options.eta,
@@ -220,8 +223,10 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
         model = StableDiffusion.from_pretrained(
             place, dtype=dtype, param_dtype=dtype, variant=source.variant
         )
-        if not images:
-            _check_size(options, model, sampling, labels, texts, scored=rewards is not None)
+        size = _size(model, sampling)
+        if size not in sizes:
+            _check_size(options, [*sizes, size], labels, texts, scored=rewards is not None)
+        sizes.append(size)
         with talk.progress(name, len(texts)) as count:
             images.append(
                 generate(
@@ -234,6 +239,9 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
                     on_images=count,
                 )
             )
+    if len(set(sizes)) > 1:
+        each = ", ".join(f"{k} {w} x {h}" for k, (h, w) in zip(labels, sizes, strict=True))
+        talk.say(f"the models draw in different sizes ({each}); the smaller pictures are enlarged")
     scores = None
     if rewards is not None:
         scores = [rewards(drawn, texts, metadata, group_size=n).total for drawn in images]
@@ -249,24 +257,37 @@ def _side_by_side(options: CompareOptions) -> list[Path]:
     return [options.output]
 
 
+def _size(model: Any, sampling: SamplingDefaults) -> tuple[int, int]:
+    """Return the height and width in pixels of what a model draws."""
+    from diffusion_grpo.pipeline import latent_shape
+
+    factor = model.vae.config.downscale_factor
+    height, width, _ = latent_shape(model, sampling.height, sampling.width)
+    return factor * height, factor * width
+
+
 def _check_size(
     options: CompareOptions,
-    model: Any,
-    sampling: SamplingDefaults,
+    sizes: Sequence[tuple[int, int]],
     labels: Sequence[str],
     texts: Sequence[str],
     *,
     scored: bool,
 ) -> None:
-    """Refuse a page larger than its file holds, before anything is drawn."""
-    from diffusion_grpo.pipeline import latent_shape
+    """Refuse a page larger than its file holds, before a model draws anything.
 
+    Args:
+        options: the command's.
+        sizes: heights and widths of the models that are known so far.
+        labels: of all models.
+        texts: one a picture.
+        scored: whether scores stand below.
+    """
     assert options.output is not None
     if options.output.suffix.lower() == ".png":
         return
-    factor = model.vae.config.downscale_factor
-    height, width = (factor * n for n in latent_shape(model, sampling.height, sampling.width)[:2])
-    blank = [np.broadcast_to(np.uint8(255), (len(texts), height, width, 3))] * len(labels)
+    known = [*sizes, *[sizes[-1]] * (len(labels) - len(sizes))]
+    blank = [np.broadcast_to(np.uint8(255), (len(texts), *size, 3)) for size in known]
     scores = [np.full(len(texts), 0.5)] * len(labels) if scored else None
     page = comparison_grid(blank, labels, texts, scores=scores, text_size=options.font_size)
     check_image_size(
@@ -297,7 +318,21 @@ def _own_sampling(
     return None, SamplingDefaults()
 
 
-def _label(word: str, path: str) -> str:
-    """Return a model's short name, with what is after the @ of RUN@WHICH."""
-    run, at, which = word.rpartition("@")
-    return f"{label(run)}@{which}" if at else label(path)
+def _labels(words: Sequence[str], places: Sequence[str]) -> list[str]:
+    """Return short names of the models, with what is after the @ of RUN@WHICH.
+
+    Models of one name have as many of the folders above with it as tell them apart.
+    """
+    models = []
+    for word, place in zip(words, places, strict=True):
+        run, at, which = word.rpartition("@")
+        path = Path(run if at else place).expanduser()
+        if path.name in ("final", "best") and path.parent.name:
+            path = path.parent
+        models.append((path.resolve(), at + which if at else ""))
+    paths = list(dict.fromkeys(path for path, _ in models))
+    names = {path: path.name for path in paths}
+    alike = [path for path in paths if list(names.values()).count(path.name) > 1]
+    if alike:
+        names |= zip(alike, different_names(alike), strict=True)
+    return [names[path] + which for path, which in models]

@@ -27,6 +27,16 @@ EXTRAS: Mapping[str, str] = {
     "rapidocr": "the reward ocr",
     "starlette": "serve-reward",
 }
+# Writing that prompts may be in, and a package of Debian's and Ubuntu's whose fonts have it.
+SCRIPTS: Mapping[str, tuple[str, str]] = {
+    "accented Latin": ("éñüł", "fonts-dejavu-core"),
+    "Greek": ("Ωλ", "fonts-dejavu-core"),
+    "Cyrillic": ("Жя", "fonts-dejavu-core"),
+    "Arabic": ("عش", "fonts-dejavu-core"),
+    "Chinese": ("漢汉", "fonts-noto-cjk"),
+    "Japanese": ("かナ", "fonts-noto-cjk"),
+    "Korean": ("한글", "fonts-noto-cjk"),
+}
 _ROOMY = 2 * 2**30  # bytes of disk below which a checkpoint of any size may fail
 _SIGN = {"ok": " ", "note": "-", "wrong": "!"}
 
@@ -211,14 +221,22 @@ def hub(timeout: float) -> Finding:
 
 
 def fonts() -> Finding:
-    """Check that captions can be drawn."""
+    """Check that captions can be drawn, and say in which scripts they cannot."""
     from PIL import ImageFont, features
+
+    from diffusion_grpo.fonts import lacking
 
     if not features.check("freetype2"):
         mend = "reinstall Pillow from a wheel: pip install --force-reinstall pillow"
         return Finding("fonts", "Pillow has no FreeType", "wrong", mend)
     font: Any = ImageFont.load_default(12)
-    return Finding("fonts", f"{' '.join(font.getname())}, which comes with Pillow")
+    found = f"{' '.join(font.getname())}, which comes with Pillow"
+    missing = {name: package for name, (text, package) in SCRIPTS.items() if lacking(text)}
+    if not missing:
+        return Finding("fonts", f"{found}, and others of the system")
+    needed = " ".join(dict.fromkeys(missing.values()))
+    mend = f"install fonts of the system, on Debian and Ubuntu: apt-get install {needed}"
+    return Finding("fonts", f"{found}; boxes stand for {', '.join(missing)}", "note", mend)
 
 
 def embedded() -> Finding:

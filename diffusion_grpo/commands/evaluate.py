@@ -1,4 +1,4 @@
-"""`diffusion-grpo evaluate`: rewards of a model on held-out prompts, with intervals."""
+"""`diffusion-grpo evaluate`: rewards of a model on prompts, with intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusion_grpo.commands.common import (
     parse,
     read_prompts,
 )
-from diffusion_grpo.commands.models import find_models, heldout_prompts, reward_options
+from diffusion_grpo.commands.models import find_models, reward_options, run_prompts
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.output_files import check_output
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler
@@ -25,7 +25,7 @@ from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Score what a model draws for held-out prompts at fixed seeds, and compare it with a base.
+    """Score what a model draws for prompts at fixed seeds, and compare it with a base.
 
     Every sampler is evaluated: what users run is deterministic, what training saw is not. Means
     have bootstrap intervals over prompts; the win rate against the base at the same prompts and
@@ -42,8 +42,8 @@ class EvaluateOptions:
     """The model to compare with, as the model is given."""
     prompts: str | None = None
     """Prompt list: a name, a file, or a template; without any, what the first run among model and
-    base held out of training, or without a run, shapes_heldout. Metadata with a task give a table
-    by task."""
+    base held out of training (its training list where nothing was), or without a run,
+    shapes_heldout. Metadata with a task give a table by task."""
     num_prompts: int = 64
     """At most so many prompts, from the first."""
     num_images: int = 2
@@ -91,13 +91,14 @@ def run(words: Sequence[str]) -> list[Path]:
     check_output(path.with_suffix(".md"), (".md",))
     talk = Talk(options.quiet, options.verbose)
     words = [word for word in (options.model, options.base) if word is not None]
-    heldout = heldout_prompts(words) if options.prompts is None else None
-    if heldout is None:
+    own = run_prompts(words) if options.prompts is None else None
+    if own is None:
         listed = options.prompts or "shapes_heldout"
         prompts = read_prompts((), listed, options.num_prompts)
     else:
-        listed = "what the run held out"
-        prompts = list(heldout[: options.num_prompts])
+        lists = {"held-out": "what the run held out", "training": "the run's training prompts"}
+        listed = lists[own.which]
+        prompts = list(own.prompts[: options.num_prompts])
     sources = find_models(words, revision=options.revision, variant=options.variant)
 
     from diffusion_grpo.evaluate import Evaluation
@@ -165,6 +166,7 @@ def run(words: Sequence[str]) -> list[Path]:
                     images_per_prompt=n,
                     tasks=[str(one["task"]) for one in metadata] if known else None,
                     kl=None if found else kl,
+                    lower=tuple(name for name, w in rewards.weight_of.items() if w < 0),
                 )
             )
         base = found[1] if len(found) == 2 else None

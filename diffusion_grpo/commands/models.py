@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.prompts import Prompt, load_heldout
+from diffusion_grpo.prompts import Prompt, evaluated_on, load_heldout
 
 
 class Source(NamedTuple):
@@ -69,8 +69,20 @@ def run_model(word: str) -> RunModel | None:
     return RunModel(run, which if at else "final") if (run / "config.yaml").is_file() else None
 
 
-def heldout_prompts(words: Sequence[str]) -> Sequence[Prompt] | None:
-    """Return what the first run among the models held out of training; None without a run.
+class RunPrompts(NamedTuple):
+    """What a run is evaluated on.
+
+    Attributes:
+        prompts: the whole list.
+        which: whether it was held out of training, or is the training list.
+    """
+
+    prompts: Sequence[Prompt]
+    which: Literal["held-out", "training"]
+
+
+def run_prompts(words: Sequence[str]) -> RunPrompts | None:
+    """Return what the first run among the models is evaluated on; None without a run.
 
     Args:
         words: models as given on the command line.
@@ -87,7 +99,9 @@ def heldout_prompts(words: Sequence[str]) -> Sequence[Prompt] | None:
                     "--prompts NAME|FILE"
                 )
             share = lists.get("heldout_share", 0.0)
-            return load_heldout(lists["train"], lists.get("heldout"), share)[1]
+            heldout = lists.get("heldout")
+            prompts = load_heldout(lists["train"], heldout, share)[1]
+            return RunPrompts(prompts, evaluated_on(heldout, share))
     return None
 
 
@@ -234,9 +248,3 @@ def reward_options(
         ]
         return (*given, *own)
     return tuple(given)
-
-
-def label(word: str) -> str:
-    """Return a short name of a model for people: a run's name, or the last part of a path."""
-    path = Path(word)
-    return path.parent.name if path.name in ("final", "best") and path.parent.name else path.name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import http.server
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ import tyro
 from diffusion_grpo.commands.common import parse
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import FOLDER
-from diffusion_grpo.report import report_data, report_page
+from diffusion_grpo.report import read_files, report_data, report_page
 
 _SHEET = re.compile(r"/sheet/(\d+)/(\w+\.webp)")
 
@@ -40,7 +42,7 @@ def run(words: Sequence[str]) -> list[Path]:
     options = parse(ViewOptions, words, "diffusion-grpo view")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"port is {options.port}; expected 0 to 65535")
-    if options.every <= 0:
+    if not 0 < options.every < math.inf:
         raise UsageError(f"every is {options.every}; expected a number above 0")
     server = make_server(options.runs, port=options.port, every=options.every)
     with server:
@@ -66,6 +68,10 @@ def make_server(
     report_data(run_dirs, live=every)  # refuses what is no run
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # the browser has gone
+                super().handle()
+
         def do_GET(self) -> None:  # noqa: N802  the name that http.server calls
             # A page of another site that resolves its own name to 127.0.0.1 is not answered.
             host = (self.headers.get("Host") or "").rpartition(":")[0]
@@ -78,8 +84,13 @@ def make_server(
                 if path == "/":
                     self._send("text/html; charset=utf-8", report_page(run_dirs, live=every))
                 elif path == "/data.json":
+                    # Read before the data: what is written in between is news the next time.
+                    tag = _tag(read_files(run_dirs))
+                    if self._has(tag):
+                        self._send_unchanged()
+                        return
                     data = json.dumps(report_data(run_dirs, live=every), allow_nan=False)
-                    self._send("application/json", data)
+                    self._send("application/json", data, tag)
                 elif sheet and int(sheet[1]) < len(run_dirs):
                     file = Path(run_dirs[int(sheet[1])]) / FOLDER / sheet[2]
                     self._send("image/webp", file.read_bytes())
@@ -88,14 +99,21 @@ def make_server(
             except FileNotFoundError:
                 self.send_error(404)
             except UsageError as error:  # the run was deleted, or is being written
-                self.send_error(503, str(error).splitlines()[0][:200])
+                # In the body: the status line would have to be Latin-1, which a path may not be.
+                self.send_error(503, explain=str(error).splitlines()[0][:200])
 
-        def _send(self, kind: str, body: str | bytes) -> None:
+        def _has(self, tag: str) -> bool:
+            return self.headers.get("If-None-Match") == tag
+
+        def _send_unchanged(self) -> None:
+            self.send_response(304)
+            self.end_headers()
+
+        def _send(self, kind: str, body: str | bytes, tag: str = "") -> None:
             content = body.encode() if isinstance(body, str) else body
-            tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-            if self.headers.get("If-None-Match") == tag:
-                self.send_response(304)
-                self.end_headers()
+            tag = tag or _tag(content)
+            if self._has(tag):
+                self._send_unchanged()
                 return
             self.send_response(200)
             self.send_header("Content-Type", kind)
@@ -114,3 +132,9 @@ def make_server(
         raise UsageError(
             f"port {port} cannot be served: {error.strerror}; choose another with --port, or 0"
         ) from None
+
+
+def _tag(content: bytes | list[tuple[str, int, int]]) -> str:
+    """Return the ETag of a body, or of what says which state of the files it is of."""
+    data = content if isinstance(content, bytes) else repr(content).encode()
+    return f'"{hashlib.sha256(data).hexdigest()[:32]}"'

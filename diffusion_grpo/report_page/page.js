@@ -4,8 +4,9 @@ const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const COLORS = ["#2457c5", "#c2571a", "#11734b", "#8a3fb0", "#a8862a", "#b32d5d", "#24808a", "#6b7078"];
 const DARK = ["#86aefc", "#f0a063", "#62cf98", "#cf9bea", "#e2c363", "#f08cb0", "#6fcbd6", "#b3b9c2"];
+const DASHES = [undefined, [5, 4], [2, 3], [9, 3, 2, 3]];  // of several metrics of one run, whose color is its own
 const state = { run: 0, zoom: null, smooth: 0, evaluation: null, rollout: null, prompt: null, score: "total",
-  sort: { key: "difference", down: true }, filter: "", all: false, playing: 0, any: "", follow: true };
+  sort: { key: "difference", down: true }, filter: "", all: false, playing: 0, any: "", follow: true, open: new Set() };
 
 // ---- small helpers -------------------------------------------------------------------------
 // Text goes into the page as text nodes only: a prompt is never read as HTML.
@@ -30,15 +31,21 @@ const run = () => data.runs[state.run];
 // of some rewards less is better: their weight is below 0
 const sign = (name) => (run().evaluations.at(-1)?.summary?.lower || []).includes(name) ? -1 : 1;
 const dark = () => document.documentElement.classList.contains("dark");
+const filled = new Map();
 function fill(select, options, chosen) {
-  select.replaceChildren(...options.map(([value, text]) => {
-    const option = el("option", { value }, text);
-    option.selected = String(value) === String(chosen);
-    return option;
-  }));
+  const key = JSON.stringify(options);  // a list that is open would close if its options were made anew
+  if (filled.get(select) !== key) select.replaceChildren(...options.map(([value, text]) => el("option", { value }, text)));
+  filled.set(select, key);
+  select.value = String(chosen);
+}
+// A part that stays open when the page is drawn anew.
+function foldable(key, text, ...children) {
+  const node = el("details", { ontoggle: () => state.open[node.open ? "add" : "delete"](key) }, el("summary", {}, text), ...children);
+  node.open = state.open.has(key);
+  return node;
 }
 function duration(seconds) {
-  const h = Math.floor(seconds / 3600), m = Math.floor(seconds % 3600 / 60), s = Math.round(seconds % 60);
+  const whole = Math.round(seconds), h = Math.floor(whole / 3600), m = Math.floor(whole % 3600 / 60), s = whole % 60;
   return h ? `${h} h ${m} min` : m ? `${m} min ${s} s` : `${s} s`;
 }
 
@@ -60,7 +67,6 @@ function paint(node, entry, index, label) {
   node.style.backgroundSize = `${columns * 100}% ${rows * 100}%`;
   node.style.backgroundPosition = `${columns > 1 ? x / (columns - 1) * 100 : 0}% ${rows > 1 ? y / (rows - 1) * 100 : 0}%`;
   node.style.aspectRatio = `${entry.tile[0]} / ${entry.tile[1]}`;
-  node.style.imageRendering = entry.tile[0] < 100 ? "auto" : "";
   node.setAttribute("role", "img");
   node.setAttribute("aria-label", label || entry.prompts[index]);
   return node;
@@ -83,10 +89,11 @@ $("zoom").querySelector("button").onclick = () => $("zoom").close();
 $("zoom").onclick = (event) => { if (event.target === $("zoom")) $("zoom").close(); };
 
 // ---- summary -------------------------------------------------------------------------------
+function subtitle() { $("subtitle").textContent = `${run().status} · ${run().directory}`; }
 function summary() {
   const many = data.runs.length > 1, r = run();
   $("title").textContent = many ? data.runs.map((one) => one.name).join(" · ") : r.name;
-  $("subtitle").textContent = `${r.status} · ${r.directory}`;
+  subtitle();
   document.title = $("title").textContent;
   $("run-choice").hidden = !many;
   fill($("run"), data.runs.map((one, i) => [i, one.name]), state.run);
@@ -98,9 +105,8 @@ function summary() {
     for (const name of scoreNames(r)) {
       const before = mean(first.scores[name]), after = mean(last.scores[name]);
       const found = last.summary?.against_base?.[name];
-      const won = found && (sign(name) > 0 ? [found.win_rate, found.win_rate_low, found.win_rate_high]
-        : [1 - found.win_rate, 1 - found.win_rate_high, 1 - found.win_rate_low]).map((x) => number(x * 100, 3));
-      card(`${name}, held out${r.gold.includes(name) ? " (gold)" : ""}`, first === last ? precise(before)
+      const won = found && [found.win_rate, found.win_rate_low, found.win_rate_high].map((x) => number(x * 100, 3));
+      card(`${name}, ${r.evaluated} prompts${r.gold.includes(name) ? " (gold)" : ""}`, first === last ? precise(before)
         : `${precise(before)} → ${precise(after)}`, first === last ? "before training"
         : `${signed(after - before)}` + (won ? `, wins ${won[0]} % [${won[1]}, ${won[2]}]` : ""),
         first === last ? "" : tone(sign(name) * (after - before)));
@@ -182,10 +188,10 @@ function chart(place, title, names, height) {
     series: [{ label: "iteration", value: (u, v) => v === null ? "–" : v },
       ...series.map((s, i) => {
         const color = palette[(many ? s.run : i) % palette.length];
-        const short = s.name.replace(/^eval\//, "held-out ").replace(/\/mean$/, "");
+        const short = s.name.replace(/^eval\//, `${data.runs[s.run].evaluated} prompts: `).replace(/\/mean$/, "");
         return { label: many ? `${data.runs[s.run].name}${names.length > 1 ? " · " + short : ""}` : short,
           stroke: color, width: 1.75, spanGaps: true,
-          dash: many && names.indexOf(s.name) > 0 ? [5, 4] : undefined,
+          dash: many ? DASHES[names.indexOf(s.name) % DASHES.length] : undefined,
           points: { show: s.name.startsWith("eval/") || s.xs.length < 30, size: 5, fill: color },
           value: (u, v) => v === null ? "–" : number(v) };
       })],
@@ -233,6 +239,7 @@ function lapse() {
   slider.max = list.length - 1; slider.value = state.evaluation;
   slider.disabled = $("lapse-play").disabled = list.length < 2;
   const entry = list[state.evaluation];
+  $("lapse-note").textContent = `The same ${run().evaluated} prompts and seeds as training goes on.`;
   $("lapse-label").textContent = entry.iteration ? `after ${entry.iteration} iterations` : "before training";
   const shown = state.all ? entry.prompts.length : Math.min(24, entry.prompts.length);
   $("lapse-more").hidden = shown === entry.prompts.length;
@@ -245,7 +252,7 @@ function swipe() {
   if (!list.length) return;
   const before = list[0], after = list.at(-1);
   // At first the prompt that gained most: the first one's pictures may show nothing.
-  const gains = before.prompts.map((_, j) => scoreOf(after, state.score, j) - scoreOf(before, state.score, j));
+  const gains = before.prompts.map((_, j) => sign(state.score) * (scoreOf(after, state.score, j) - scoreOf(before, state.score, j)));
   const most = gains.reduce((best, gain, j) => gain > gains[best] ? j : best, 0);
   const i = state.shown = Math.min(state.prompt ?? most, before.prompts.length - 1);
   fill($("swipe-prompt"), before.prompts.map((text, j) => [j, text]), i);
@@ -332,13 +339,13 @@ function groups() {
 function events() {
   $("events").hidden = data.runs.every((r) => !r.events.length);
   $("events-list").replaceChildren(...data.runs.filter((r) => r.events.length).map((r) =>
-    el("details", {}, el("summary", {}, data.runs.length > 1 ? `${r.name}: ${r.events.length}` : `${r.events.length} events`),
+    foldable(`events of ${r.name}`, data.runs.length > 1 ? `${r.name}: ${r.events.length}` : `${r.events.length} events`,
       el("table", {}, ...r.events.map((e) => el("tr", {}, el("td", { class: "muted" }, e.time.replace("T", " ").replace("+00:00", " UTC")),
         el("td", { class: "number" }, String(e.iteration)), el("td", {}, e.text)))))));
 }
 function config() {
   $("config-list").replaceChildren(...data.runs.map((r) =>
-    el("details", {}, el("summary", {}, r.name), el("pre", {}, r.config))));
+    foldable(`configuration of ${r.name}`, r.name, el("pre", {}, r.config))));
 }
 function navigation() {
   const names = { summary: "Summary", curves: "Curves", lapse: "Time-lapse", swipe: "Before and after", extremes: "Best and worst", prompts: "Prompts", groups: "Groups", events: "Events", config: "Configuration" };
@@ -381,14 +388,17 @@ swipeTo(50);
 // ---- live ----------------------------------------------------------------------------------
 if (data.live) {
   let tag = "";
-  setInterval(async () => {
+  const look = async () => {
     try {
       const answer = await fetch("data.json", { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
-      if (answer.status !== 200) return;
-      tag = answer.headers.get("ETag") || "";
-      Object.assign(data, await answer.json());
-      everything();
+      if (answer.status === 200) {
+        tag = answer.headers.get("ETag") || "";
+        Object.assign(data, await answer.json());
+        everything();
+      } else if (answer.status === 304) subtitle();  // the server may have been away
     } catch { $("subtitle").textContent = "the server has stopped"; }
-  }, data.live * 1000);
+    setTimeout(look, data.live * 1000);
+  };
+  setTimeout(look, data.live * 1000);
 }
 })();
