@@ -66,9 +66,9 @@ def local_directory(
         name_or_path: what to resolve.
         revision: of a hub repository: a branch, tag or commit.
         variant: of the weight files, such as `fp16`.
-        layout: what a hub repository is read as: a pipeline with a folder for each component, one
-            model, or what goes with a model without its weights. Only the files that are read are
-            downloaded.
+        layout: what a hub repository is read as: a pipeline with a folder for each component, the
+            configurations of its networks, one model, or what goes with a model without its
+            weights. Only the files that are read are downloaded.
 
     Raises:
         UsageError: there is no such directory and the hub has no such id or cannot be reached; a

@@ -19,10 +19,13 @@ from diffusion_grpo.bench import describe, table
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config
 from diffusion_grpo.flops import count_flops
+from diffusion_grpo.learning import make_learner
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import VAEConfig
 from diffusion_grpo.peer import Peer, PeerError
+from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.published import ARCHITECTURES, random_module
+from diffusion_grpo.schedule import SchedulerConfig
 from diffusion_grpo.workload import Workload
 
 TINY = UNetConfig(
@@ -86,6 +89,31 @@ def test_bench_says_that_it_uses_one_device_of_several(monkeypatch, here, said):
     assert record["device"]["count"] == 1 and record["device"]["available"] == here
     (first, *_) = table(record).splitlines()
     assert first.startswith("1 x ") and said in first
+
+
+@pytest.mark.parametrize(
+    ("words", "sample", "update"),
+    [
+        # 8 images of 4 steps, 2 of which are learned from twice; forward 1, with backward 100.
+        ([], 8 * 4, 8 * 2 * 2 * 100),
+        (["--grpo.beta", "1", "--grpo.kl", "k3"], 8 * 4, 8 * 2 * (2 * 100 + 1 + 1)),
+        (["--grpo.beta", "1", "--grpo.kl-in", "reward"], 8 * (4 + 2 * 2), 8 * 2 * 2 * 100),
+    ],
+)
+def test_evaluations_of_recorded_steps_are_counted(words, sample, update, monkeypatch):
+    small = ["--rollout.prompts-per-iteration", "2", "--rollout.images-per-prompt", "4"]
+    small += ["--rollout.num-steps", "4", "--rollout.window-size", "2", "--rollout.microbatch", "8"]
+    small += ["--grpo.best-and-worst", "None", "--grpo.microbatch", "8", "--grpo.ratio", "step"]
+    small += ["--grpo.step-weights", "uniform", "--grpo.updates-per-rollout", "2"]
+    small += ["--grpo.beta", "0"]
+    work = object.__new__(Workload)  # not prepared: no network is run
+    work.config = load_config("demo", [*small, *words])
+    monkeypatch.setattr(Workload, "network_flops", lambda self: (1.0, 100.0))
+    policy = TrainablePolicy(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), 1.0)
+    scheduler = SchedulerConfig.from_dict(ARCHITECTURES["sd15"].scheduler)
+    work.learner = make_learner(work.config, policy, scheduler, (8, 8, 4))
+    found = work.flops()
+    assert (found["sample"], found["update"]) == (sample, update)
 
 
 @pytest.mark.slow
