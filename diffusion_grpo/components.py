@@ -201,6 +201,18 @@ def load_tokenizer(directory: Path) -> Any:
     return CLIPTokenizer.from_pretrained(directory)
 
 
+def check_clip(name_or_path: str | Path) -> None:
+    """Find out whether a CLIP model is there, by all that `load_clip` reads but its weights.
+
+    Raises:
+        UsageError: it is not, or a file of it cannot be read.
+    """
+    directory = local_directory(name_or_path, layout="transformers")
+    _clip_config("CLIPConfig", directory)
+    load_tokenizer(directory)
+    read_json(directory / "preprocessor_config.json")
+
+
 def load_clip(
     name_or_path: str | Path,
     *,

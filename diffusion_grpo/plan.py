@@ -31,8 +31,8 @@ from diffusion_grpo.models.unet import UNet2DConditionModel
 from diffusion_grpo.models.vae import AutoencoderKL
 from diffusion_grpo.optim import make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy, adapted_network, latent_size
-from diffusion_grpo.preparation import lora_options, make_rollout
 from diffusion_grpo.plan_memory import Memory, linear_peak, peak_of
+from diffusion_grpo.preparation import lora_options, make_rollout
 from diffusion_grpo.pretrained import DTYPES
 from diffusion_grpo.programs import noise_steps, update_arguments
 from diffusion_grpo.published import Architecture, text_networks

@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffusion_grpo.components import TextEncoder, load_text_encoder, load_tokenizer, read_json
+from diffusion_grpo.components import check_clip as check_clip
 from diffusion_grpo.components import load_clip as load_clip
 from diffusion_grpo.components import local_directory as local_directory
 from diffusion_grpo.components import save_module as save_module
