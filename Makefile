@@ -65,7 +65,8 @@ test: $(VENV)/.test
 bench: $(VENV)/.run
 	$(BIN)/diffusion-grpo bench $(ARGS)
 
-lint: $(VENV)/.dev
+# Pyright reads the imports of what is tested too: of extras, and of the peer in tests/peers/.
+lint: $(VENV)/.dev $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright

@@ -5,7 +5,9 @@
 Each line is a short run of the preset `demo` on this machine that learns from all of its images;
 the exponent e of seconds ∝ sizeᵉ is fitted to a line's times by least squares of the logarithms: 1
 is linear. Devices are virtual ones of the CPU, which share its cores: the same work, divided.
-Results are kept in a record (`--record`), and what is in it is not run again.
+Results are kept in a record (`--record`) of runs with the same flags and iterations, and what is in
+it is not run again; nor is a run that finished. One that was interrupted is begun anew, since going
+on compiles in the midst of it.
 """
 
 from __future__ import annotations
@@ -13,13 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from diffusion_grpo.config import load_config
 
 FLAGS = (
     *("--grpo.best-and-worst", "None", "--eval.num-prompts", "8", "--eval.num-steps", "2"),
@@ -47,15 +53,57 @@ SIZES: dict[str, dict[int, tuple[str, ...]]] = {
 DEVICES = "devices (of one CPU)"
 
 
-def seconds(directory: Path, flags: tuple[str, ...], devices: int, iterations: int) -> float:
-    """Run, and return the median time of its iterations after the first two, which compile."""
+def run(directory: Path, words: Sequence[str], devices: int) -> None:
+    """Do the run, unless it is there.
+
+    Args:
+        directory: of the run.
+        words: after `train demo`.
+        devices: virtual ones.
+
+    Raises:
+        SystemExit: another run is there.
+    """
+    words = [*words, "--run.output", str(directory)]
+    config = directory / "config.yaml"
+    if config.is_file() and load_config(str(config)) != load_config("demo", words):
+        raise SystemExit(f"{directory} holds a run with other flags; expected another --output")
+    if (directory / "evaluation.json").is_file():
+        return
+    if config.is_file():
+        shutil.rmtree(directory)
     virtual = f" --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + virtual}
-    command = [sys.executable, "-m", "diffusion_grpo", "train", "demo", *FLAGS, *flags]
-    command += ["--iterations", str(iterations), "--run.output", str(directory)]
+    command = [sys.executable, "-m", "diffusion_grpo", "train", "demo", *words]
     subprocess.run(command, check=True, env=environment)
+
+
+def seconds(directory: Path) -> float:
+    """Return the median time of a run's iterations after the first two, which compile."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(row["time/iteration"] for row in rows[2:])
+
+
+def load_record(file: Path, made: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Return the results so far: what grows → size → seconds an iteration.
+
+    Args:
+        file: the record.
+        made: `flags` and `iterations` of the runs.
+
+    Raises:
+        SystemExit: it is of runs with others.
+    """
+    if not file.is_file():
+        return {}
+    record = json.loads(file.read_text())
+    for name, value in made.items():
+        if record[name] != value:
+            raise SystemExit(
+                f"{file} holds runs with the {name} {record[name]}, and these have {value}; "
+                "expected the same, or another --record"
+            )
+    return {name: {int(n): t for n, t in times.items()} for name, times in record["runs"].items()}
 
 
 def exponent(times: Mapping[int, float]) -> float:
@@ -89,19 +137,19 @@ def main() -> None:
     parser.add_argument("--only", choices=SIZES, nargs="+", default=list(SIZES))
     parser.add_argument("flags", nargs="*", help="after --: for every run")
     options = parser.parse_args()
-    record: dict[str, dict[int, float]] = {}
-    if options.record.is_file():
-        found = json.loads(options.record.read_text())
-        record = {name: {int(n): t for n, t in times.items()} for name, times in found.items()}
+    flags = [*FLAGS, *options.flags]
+    made = {"flags": flags, "iterations": options.iterations}
+    record = load_record(options.record, made)
     for name in options.only:
-        for size, flags in SIZES[name].items():
+        for size, own in SIZES[name].items():
             times = record.setdefault(name, {})
             if size in times:
                 continue
             place = options.output / f"{list(SIZES).index(name)}-{size}"
-            devices = size if name == DEVICES else 1
-            times[size] = seconds(place, (*flags, *options.flags), devices, options.iterations)
-            options.record.write_text(json.dumps(record, indent=1) + "\n")
+            words = [*flags, *own, "--iterations", str(options.iterations)]
+            run(place, words, size if name == DEVICES else 1)
+            times[size] = seconds(place)
+            options.record.write_text(json.dumps(made | {"runs": record}, indent=1) + "\n")
     print(to_table(record), end="")
 
 

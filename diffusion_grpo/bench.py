@@ -162,7 +162,7 @@ def describe(work: Workload) -> dict[str, Any]:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Return a record as lines of text."""
+    """Return what was measured of us, as lines of text."""
     work, device = record["work"], record["device"]
     available = device["available"]
     used = f", {device['count']} of {available} devices used" if available > 1 else ""
@@ -184,6 +184,12 @@ def table(record: Mapping[str, Any]) -> str:
     if "matrix_flops_per_second" in record:
         rate = record["matrix_flops_per_second"]
         lines.append(f"{'matrix products':<26}{rate / 1e12:>10.3f} TFLOP/s")
+    return "\n".join(lines)
+
+
+def peers_table(record: Mapping[str, Any]) -> str:
+    """Return what was measured of peers, as lines of text."""
+    lines = []
     for name, peer in record.get("peers", {}).items():
         if "error" in peer:
             lines.append(f"torch {name}: {peer['error']}")

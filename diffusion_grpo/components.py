@@ -66,9 +66,9 @@ def local_directory(
         name_or_path: what to resolve.
         revision: of a hub repository: a branch, tag or commit.
         variant: of the weight files, such as `fp16`.
-        layout: what a hub repository is read as: a pipeline with a folder for each component, one
-            model, or what goes with a model without its weights. Only the files that are read are
-            downloaded.
+        layout: what a hub repository is read as: a pipeline with a folder for each component, the
+            configurations of its networks, one model, or what goes with a model without its
+            weights. Only the files that are read are downloaded.
 
     Raises:
         UsageError: there is no such directory and the hub has no such id or cannot be reached; a
@@ -199,6 +199,18 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory} holds neither vocab.json nor tokenizer.json; is it a CLIP tokenizer?"
         )
     return CLIPTokenizer.from_pretrained(directory)
+
+
+def check_clip(name_or_path: str | Path) -> None:
+    """Find out whether a CLIP model is there, by all that `load_clip` reads but its weights.
+
+    Raises:
+        UsageError: it is not, or a file of it cannot be read.
+    """
+    directory = local_directory(name_or_path, layout="transformers")
+    _clip_config("CLIPConfig", directory)
+    load_tokenizer(directory)
+    read_json(directory / "preprocessor_config.json")
 
 
 def load_clip(

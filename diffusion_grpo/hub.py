@@ -7,7 +7,7 @@ from typing import Literal
 
 from diffusion_grpo.sampling import FILE as SAMPLING_FILE
 
-Layout = Literal["diffusers", "transformers", "processor"]
+Layout = Literal["diffusers", "configs", "transformers", "processor"]
 
 # A pipeline's components with weights → the stem of their files' names.
 WEIGHTS = {
@@ -21,8 +21,8 @@ WEIGHTS = {
 def hub_patterns(layout: Layout, variant: str | None = None) -> list[str]:
     """Return what is downloaded of a hub repository, as `fnmatch` patterns (`*` crosses a `/`).
 
-    `diffusers` is a pipeline with a folder for each component, `transformers` one model,
-    `processor` what goes with a model without its weights.
+    `diffusers` is a pipeline with a folder for each component, `configs` what such a one says of
+    its networks, `transformers` one model, `processor` what goes with a model without its weights.
 
     Weights are named in full, so that other variants (`.fp16.`, `.non_ema.`), components that are
     not used and single-file checkpoints stay behind. Of a `variant`, only its files are taken;
@@ -42,11 +42,16 @@ def hub_patterns(layout: Layout, variant: str | None = None) -> list[str]:
         return [*configs, *tokenizer]
     if layout == "transformers":
         return [*configs, *tokenizer, *_weights("model", variant)]
-    return [
+    networks = [
         "model_index.json",
-        SAMPLING_FILE,
         *(f"{part}/config.json" for part in WEIGHTS),
         "scheduler/scheduler_config.json",
+    ]
+    if layout == "configs":
+        return networks
+    return [
+        *networks,
+        SAMPLING_FILE,
         *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in tokenizer),
         *weight_patterns(WEIGHTS, variant),
     ]

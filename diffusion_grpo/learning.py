@@ -31,7 +31,7 @@ from diffusion_grpo.preparation import (
 from diffusion_grpo.probe import check_drift, measure_drift
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, alphas_cumprod
 from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps, update_draw
-from diffusion_grpo.trajectories import PolicySteps, UpdateBatch, trajectory_kl
+from diffusion_grpo.trajectories import ESTIMATORS, PolicySteps, UpdateBatch, trajectory_kl
 from diffusion_grpo.update import LossConfig, compile_loss, make_gradient
 
 
@@ -100,6 +100,14 @@ class GRPOLearner(Learner):
         for number in range(positions if every else 1):  # each place of a moving window has steps
             self.plan(self.schedule(number * every), number * every)
         self.notes = _notes(config, self.plan(self.schedule(0), 0), latent)
+
+    @property
+    def reward_kl_forwards(self) -> int:
+        """How many policies evaluate the active steps of every image for a KL in the reward."""
+        options = self.config.grpo
+        if options.kl_in != "reward":
+            return 0
+        return 1 if options.kl in ESTIMATORS else 2  # of those, what the policy says is recorded
 
     def plan(self, schedule: Schedule, iteration: int) -> StepPlan:
         """Return which steps an iteration learns from, their weights and the clip range."""

@@ -19,9 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion_grpo.config import Config
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lanes import cores
 from diffusion_grpo.learning import GRPOLearner
+from diffusion_grpo.models.unet import UNetConfig
+from diffusion_grpo.steps import choose_steps
 from diffusion_grpo.workload import Workload
 
 COMPARED = ("sample", "update", "iteration")  # phases that both time
@@ -105,15 +108,14 @@ class Peer:
         self._lines.put(None)
 
 
-def peer_spec(work: Workload, mode: str) -> dict[str, Any]:
-    """Return the work as the peer is told it.
+def check_options(config: Config) -> None:
+    """Check that a peer does all the work that the options ask for.
 
     Raises:
-        UsageError: the peer does not know the algorithm or an option.
+        UsageError: the algorithm or an option is unknown to it, and it would do less.
     """
-    config, learner, model = work.config, work.learner, work.model
-    if not isinstance(learner, GRPOLearner):
-        raise UsageError("--against knows GRPO alone: grpo.algorithm is 'nft'")
+    if config.grpo.algorithm != "grpo":
+        raise UsageError(f"--against knows GRPO alone: grpo.algorithm is {config.grpo.algorithm!r}")
     if config.grpo.updates_per_rollout != 1:
         raise UsageError(
             f"--against compares one update a rollout, and grpo.updates_per_rollout is "
@@ -123,8 +125,42 @@ def peer_spec(work: Workload, mode: str) -> dict[str, Any]:
         raise UsageError(
             "--against trains the UNet alone, and model.train_text_encoder is True; leave it out"
         )
+    for section, field, known in (
+        ("grpo", "guard", False),
+        ("grpo", "dppo_kl", None),
+        ("grpo", "ratio_base", "old"),
+        ("grpo", "kl_in", "loss"),
+        ("grpo", "learn_noise_scale", False),
+        ("optim", "optimizer", "adamw"),
+    ):
+        value = getattr(getattr(config, section), field)
+        if value != known:
+            raise UsageError(
+                f"{section}.{field} is {value!r}, which the peer does not implement; expected "
+                f"{known!r} with --against"
+            )
+
+
+def check_unet(unet: UNetConfig) -> None:
+    """Check that a peer can run a UNet.
+
+    Raises:
+        UsageError: it is conditioned on more than the text's states, as SDXL's.
+    """
+    if unet.addition_embed_type is not None:
+        raise UsageError(
+            f"the UNet's addition_embed_type is {unet.addition_embed_type!r}, which the peer does "
+            "not implement; expected a checkpoint of Stable Diffusion 1 or 2 with --against"
+        )
+
+
+def peer_spec(work: Workload, mode: str) -> dict[str, Any]:
+    """Return the work as the peer is told it; `check_options` and `check_unet` allowed it."""
+    config, learner, model = work.config, work.learner, work.model
+    assert isinstance(learner, GRPOLearner)
     schedule = learner.schedule(0)
     plan = learner.plan(schedule, 0)
+    steps = choose_steps(plan.active, config.grpo.gradient_steps, (config.run.seed, 0, 0))
     constants = ("timesteps", "signal_scale", "noise_scale", "next_signal_scale")
     constants += ("direction_scale", "std")
     embeddings = work.conditioning[0]["encoder_hidden_states"]
@@ -147,7 +183,7 @@ def peer_spec(work: Workload, mode: str) -> dict[str, Any]:
         "prediction_type": schedule.prediction_type,
         "schedule": {name: np.asarray(getattr(schedule, name)).tolist() for name in constants},
         "active": np.asarray(plan.active).tolist(),
-        "steps": np.asarray(plan.steps).tolist(),
+        "steps": np.asarray(steps).tolist(),
         "clip": float(plan.clip_high),
         "beta": config.grpo.beta,
     }

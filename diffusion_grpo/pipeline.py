@@ -22,7 +22,9 @@ from diffusion_grpo.conditioning import Conditioning, encode_prompts, every, of_
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.mesh import by_rows, gathered, on_devices, resident, shards
-from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.models.unet import UNetConfig
+from diffusion_grpo.models.vae import VAEConfig
+from diffusion_grpo.pretrained import StableDiffusion, image_size
 from diffusion_grpo.rollout import (
     Denoiser,
     guided,
@@ -201,18 +203,30 @@ def latent_shape(
     """Return (h, w, c) of the latents for an image size in pixels (default: the checkpoint's).
 
     Raises:
-        UsageError: the size is not a multiple of what the VAE halves it by.
+        UsageError: the size is not a multiple of the VAE's downscaling, or it is not given and the
+            checkpoint states none.
     """
-    factor = model.vae.config.downscale_factor
+    return latent_size(model.unet.config, model.vae.config, height, width)
+
+
+def latent_size(
+    unet: UNetConfig, vae: VAEConfig, height: int | None = None, width: int | None = None
+) -> tuple[int, int, int]:
+    """Return (h, w, c) as `latent_shape`, by the networks' configurations alone.
+
+    Raises:
+        UsageError: as there.
+    """
+    factor = vae.downscale_factor
     sizes = []
     for i, (name, given) in enumerate((("height", height), ("width", width))):
-        pixels = model.image_size[i] if given is None else given
+        pixels = image_size(unet, vae)[i] if given is None else given
         if pixels < factor or pixels % factor:
             raise UsageError(
                 f"{name} is {pixels} pixels; expected a multiple of {factor}, the VAE's downscaling"
             )
         sizes.append(pixels // factor)
-    return sizes[0], sizes[1], model.unet.config.in_channels
+    return sizes[0], sizes[1], unet.in_channels
 
 
 def generate(

@@ -7,7 +7,6 @@ is given its share of every microbatch, and of the parameters what `mesh.fsdp` l
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,15 +28,15 @@ from diffusion_grpo.lora import LoRAParam
 from diffusion_grpo.mesh import parameter_spec
 from diffusion_grpo.models.kernels import planned_for
 from diffusion_grpo.models.unet import UNet2DConditionModel
-from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
+from diffusion_grpo.models.vae import AutoencoderKL
 from diffusion_grpo.optim import make_optimizer
-from diffusion_grpo.pipeline import TrainablePolicy, adapted_network
+from diffusion_grpo.pipeline import TrainablePolicy, adapted_network, latent_size
+from diffusion_grpo.plan_memory import Memory, linear_peak, peak_of
 from diffusion_grpo.preparation import lora_options, make_rollout
-from diffusion_grpo.pretrained import DTYPES, check_fit, local_directory, read_unet_config
+from diffusion_grpo.pretrained import DTYPES
 from diffusion_grpo.programs import noise_steps, update_arguments
-from diffusion_grpo.published import ARCHITECTURES, HUB_IDS, Architecture, text_networks
+from diffusion_grpo.published import Architecture, text_networks
 from diffusion_grpo.schedule import SchedulerConfig
-from diffusion_grpo.trajectories import ESTIMATORS
 
 USABLE = 0.92  # share of a device's memory that a run can have
 
@@ -51,8 +50,9 @@ class Plan:
         seconds: phase → seconds an iteration: sample, decode, update, communicate.
         flops: phase → operations of all devices together.
         communicated: bytes that each device sends in an iteration.
-        largest_microbatch: images differentiated at a time that fit, of one device; 0 for none.
-        fits: whether the configured ones do.
+        largest_microbatch: the largest `grpo.microbatch`, of all devices together, whose update
+            fits; 0 for none.
+        fits: whether the configured microbatches do.
         warnings: a line each.
     """
 
@@ -67,47 +67,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes of all parts, those of the three programs counted once: the largest."""
-        programs = [v for k, v in self.memory.items() if k.startswith("while ")]
-        held = sum(v for k, v in self.memory.items() if not k.startswith("while "))
-        return held + max(programs)
-
-
-def find_architecture(name: str, *, revision: str | None = None) -> Architecture:
-    """Return the networks of a checkpoint: a published one, or by its configuration files.
-
-    Args:
-        name: a directory, the name of a shipped checkpoint, or a hub id.
-        revision: of a hub repository; the published ones are of their main branch.
-
-    Raises:
-        UsageError: it is not there, or not supported.
-    """
-    if name in HUB_IDS and revision is None:
-        return ARCHITECTURES[HUB_IDS[name]]
-    directory = local_directory(name, revision=revision)
-
-    def read(*parts: str) -> dict[str, Any]:
-        path = directory.joinpath(*parts)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read as JSON: {error}") from None
-
-    text = read("text_encoder", "config.json")
-    second = directory / "text_encoder_2"
-    text_2 = read("text_encoder_2", "config.json") if second.is_dir() else None
-    pipeline = str(read("model_index.json").get("_class_name"))
-    unet = read_unet_config(read("unet", "config.json"), pipeline)
-    vae = VAEConfig.from_dict(read("vae", "config.json"))
-    check_fit(directory, unet, vae, [text] if text_2 is None else [text, text_2])
-    return Architecture(
-        unet,
-        vae,
-        read("scheduler", "scheduler_config.json"),
-        text,
-        int(text.get("max_position_embeddings", 77)),
-        text_2,
-    )
+        return peak_of(self.memory)
 
 
 def make_plan(config: Config, model: Architecture, device: Device, count: int) -> Plan:
@@ -175,18 +135,19 @@ class _Planner:
             nnx.Param if full else LoRAParam,
             noise_steps=noise_steps(config),
         )
+        height, width = config.rollout.height, config.rollout.width
+        self.latent = latent_size(model.unet, model.vae, height, width)
         factor = model.vae.downscale_factor
-        size = model.unet.sample_size or 64
-        default = (size, size) if isinstance(size, int) else size
-        given = (config.rollout.height, config.rollout.width)
-        sides = [d if g is None else g // factor for g, d in zip(given, default, strict=True)]
-        self.latent = (sides[0], sides[1], model.unet.in_channels)
-        self.image = (factor * sides[0], factor * sides[1], 3)
+        self.image = (factor * self.latent[0], factor * self.latent[1], 3)
         scheduler = SchedulerConfig.from_dict(model.scheduler)
         learner = make_learner(config, self.policy, scheduler, self.latent)
         assert isinstance(learner, GRPOLearner)
         self.learner = learner
-        self.notes: list[str] = []
+        self.vae = nnx.split(
+            nnx.eval_shape(
+                lambda: AutoencoderKL(model.vae, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+            )
+        )
 
     def conditioning(self, size: int) -> tuple[Any, Any]:
         """Return the shapes of what the denoiser is conditioned on."""
@@ -211,7 +172,9 @@ class _Planner:
 
     def sample(self, size: int) -> Cost:
         """Return the cost of drawing a microbatch."""
-        draw = make_rollout(self.config, self.learner.policy)
+        rollout = dataclasses.replace(self.config.rollout, microbatch=size)
+        config = dataclasses.replace(self.config, rollout=rollout)
+        draw = make_rollout(config, self.learner.policy)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
         return program_cost(
             draw,
@@ -223,6 +186,15 @@ class _Planner:
             self.conditioning(size),
         )
 
+    def decode(self, size: int) -> Cost:
+        """Return the cost of decoding a microbatch."""
+        graphdef, weights = self.vae
+
+        def decoded(weights: Any, latents: Any) -> Any:
+            return nnx.merge(graphdef, weights).decode(latents)
+
+        return program_cost(decoded, weights, self.noise(size))
+
     def plan(self) -> Plan:
         """Put it together."""
         config, device, count = self.config, self.device, self.count
@@ -230,16 +202,6 @@ class _Planner:
         images = rollout.num_images // count
         chosen = images_learned_from(rollout, options) // count
         drawn, learned = rollout.microbatch // count, options.microbatch // count
-        vae = nnx.eval_shape(
-            lambda: AutoencoderKL(
-                self.model.vae, dtype=self.dtype, param_dtype=self.dtype, rngs=nnx.Rngs(0)
-            )
-        )
-        graphdef, vae_weights = nnx.split(vae)
-
-        def decode(weights: Any, latents: Any) -> Any:
-            return nnx.merge(graphdef, weights).decode(latents)
-
         full, fsdp = config.model.trainable == "full", config.mesh.fsdp
         shards = fsdp if full else 1  # an adapter and all that has its shape are whole everywhere
         whole = size_of(self.policy.trained)
@@ -258,85 +220,85 @@ class _Planner:
             here = min(MOST, cores()) if device.backend == "cpu" and count == 1 else 1
             return min(here, microbatches)
 
-        held = {
-            "frozen parameters": frozen + size_of(vae_weights),
-            "trained parameters": trained,
-            "reference": trained,
-            "optimizer state": state + (trained if config.optim.ema_decay is not None else 0),
-            "gradient": trained * lanes(chosen // learned),
-            "trajectories": self.trajectory_bytes(images),
-        }
-        sample, update = self.sample(drawn), self.update(learned)
-        decoded = program_cost(decode, vae_weights, self.noise(drawn))
-        programs = {
-            "while sampling": round(
-                device.slack * (sample.peak + gathered) * lanes(images // drawn)
-            ),
-            "while decoding": round(device.slack * decoded.peak),
-            "while updating": round(
-                device.slack * (update.peak + gathered) * lanes(chosen // learned)
-            ),
-        }
+        sample, update, decoded = self.sample(drawn), self.update(learned), self.decode(drawn)
+        memory = Memory(
+            {
+                "frozen parameters": frozen + size_of(self.vae[1]),
+                "trained parameters": trained,
+                "reference": trained,
+                "optimizer state": state + (trained if config.optim.ema_decay is not None else 0),
+                "trajectories": self.trajectory_bytes(images),
+            },
+            gradient=trained,
+            images=images,
+            learned=chosen,
+            sampled=linear_peak(sample, drawn, self.sample, beside=gathered),
+            decoded=linear_peak(decoded, drawn, self.decode),
+            updated=linear_peak(update, learned, self.update, beside=gathered),
+            slack=device.slack,
+            lanes=lanes,
+        )
         active, steps = self.steps()
-        updates, needs = options.updates_per_rollout, self.learner.loss.config
-        sweeps = updates - 1 if options.ratio == "trajectory" else 0
-        sweeps += bool(needs.needs_reference_means or needs.needs_reference_log_probs)
-        sweeps += bool(needs.needs_old_means)
+        updates = options.updates_per_rollout
+        sweeps = sum(self.learner.loss.config.sweeps(updates))
         calls = chosen // learned * steps * updates
-        extra = sweeps * active / rollout.num_steps  # forward sweeps, in rollouts
-        extra *= chosen / images
+        share = active / rollout.num_steps  # of a rollout's forwards, in a sweep over its images
+        extra = sweeps * share * chosen / images
         parts = images // drawn
         rate = device.flops if config.model.dtype == "bfloat16" else device.flops_float32
         sampled = parts * device.seconds(sample, rate)
+        with_kl = 1 + self.learner.reward_kl_forwards * share  # rollouts, with one in the reward
         # An adapter's gradient is summed over the devices once an update, a network's in each call.
         reduced = round(2 * (count - 1) / count * whole) * (calls if full else updates)
-        gathers = (parts + calls + self.sweep_calls()) * gather
-        communicated = reduced + gathers
+        communicated = reduced + (parts + calls + self.sweep_calls()) * gather
         seconds = {
-            "sample": sampled,
+            "sample": with_kl * sampled,
             "decode": parts * device.seconds(decoded, rate),
             "update": calls * device.backward * device.seconds(update, rate) + extra * sampled,
             "communicate": communicated / device.link,
         }
         flops = {
-            "sample": count * parts * sample.flops,
+            "sample": count * parts * with_kl * sample.flops,
             "decode": count * parts * decoded.flops,
             "update": count * (calls * update.flops + extra * parts * sample.flops),
         }
-        found = Plan(held | programs, seconds, flops, communicated, 0, False, [])
-        limit = USABLE * device.memory
-        fixed = sum(held.values()) + round(device.slack * gathered)
-        largest = self.largest(fixed, update, learned, limit, chosen)
-        return dataclasses.replace(
-            found,
-            largest_microbatch=largest,
-            fits=found.peak <= limit,
-            warnings=self.warnings(found, limit, largest),
+        held, limit = memory.parts(drawn, learned), USABLE * device.memory
+        peak = peak_of(held)
+        return Plan(
+            held,
+            seconds,
+            flops,
+            communicated,
+            largest_microbatch=count * memory.most_differentiated(limit),
+            fits=peak <= limit,
+            warnings=self.warnings(memory, peak, limit),
         )
 
-    def largest(self, held: int, update: Cost, size: int, limit: float, images: int) -> int:
-        """Return the largest divisor of the images whose gradient fits: memory is linear in it."""
-        other = self.update(2 * size)
-        slope = (other.peak - update.peak) / size
-        fixed = update.peak - slope * size
-        sizes = [n for n in range(1, images + 1) if images % n == 0]
-        fitting = [n for n in sizes if held + self.device.slack * (fixed + slope * n) <= limit]
-        return max(fitting, default=0)
+    def mends(self, memory: Memory, limit: float) -> str:
+        """Say what would make it fit."""
+        config, count = self.config, self.count
+        drawn, learned = config.rollout.microbatch // count, config.grpo.microbatch // count
+        sizes = memory.fitting(drawn, learned, limit)
+        said = ["no microbatch fits"]
+        if all(sizes.values()):
+            named = " and ".join(f"{name} {count * size}" for name, size in sizes.items())
+            said = [f"{named} {'fits' if len(sizes) == 1 else 'fit'}"]
+        if "grpo.microbatch" in sizes and not config.model.gradient_checkpointing:
+            said.append("--model.gradient-checkpointing True needs less")
+        if config.model.trainable == "full":
+            said.append("--model.trainable lora needs less")
+        return "; ".join(said)
 
-    def warnings(self, plan: Plan, limit: float, largest: int) -> list[str]:
+    def warnings(self, memory: Memory, peak: int, limit: float) -> list[str]:
         """Say what will go wrong or is wasteful."""
         config = self.config
         found = []
-        if plan.peak > limit:
-            mend = f"grpo.microbatch {largest} fits" if largest else "no microbatch fits"
-            if not config.model.gradient_checkpointing:
-                mend += "; --model.gradient-checkpointing True needs less"
-            if config.model.trainable == "full":
-                mend += "; --model.trainable lora needs less"
+        if peak > limit:
             found.append(
-                f"it does not fit: {plan.peak / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB; {mend}"
+                f"it does not fit: {peak / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB; "
+                f"{self.mends(memory, limit)}"
             )
-        elif config.model.gradient_checkpointing and plan.peak < limit / 3:
+        elif config.model.gradient_checkpointing and peak < limit / 3:
             found.append(
                 "gradient checkpointing costs a third of the update's time, and most of the memory "
                 "is free: try --model.gradient-checkpointing False"
@@ -354,14 +316,16 @@ class _Planner:
 
     def sweep_calls(self) -> int:
         """Return how many programs of an iteration evaluate recorded steps, without a gradient."""
-        rollout, options, needs = self.config.rollout, self.config.grpo, self.learner.loss.config
+        rollout, options = self.config.rollout, self.config.grpo
         images = images_learned_from(rollout, options)
-        calls = 0
-        if options.ratio == "trajectory" or needs.kl in ESTIMATORS:  # after the first update
-            calls += (options.updates_per_rollout - 1) * (images // options.microbatch)
-        others = bool(needs.needs_reference_means or needs.needs_reference_log_probs)
-        others += bool(needs.needs_old_means)
-        return calls + others * (images // math.gcd(rollout.microbatch, images))
+        moving, others = self.learner.loss.config.sweeps(options.updates_per_rollout)
+        calls = moving * (images // options.microbatch)
+        calls += others * (images // math.gcd(rollout.microbatch, images))
+        # The KL in the reward: two whole networks are gathered each, what two adapters share once.
+        policies = self.learner.reward_kl_forwards
+        if self.config.model.trainable == "lora":
+            policies = min(1, policies)
+        return calls + policies * (rollout.num_images // rollout.microbatch)
 
     def text_bytes(self) -> int:
         """Bytes of the text encoders, about: embeddings and layers."""

@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffusion_grpo.components import TextEncoder, load_text_encoder, load_tokenizer, read_json
+from diffusion_grpo.components import check_clip as check_clip
 from diffusion_grpo.components import load_clip as load_clip
 from diffusion_grpo.components import local_directory as local_directory
 from diffusion_grpo.components import save_module as save_module
@@ -150,15 +151,7 @@ class StableDiffusion:
     @property
     def image_size(self) -> tuple[int, int]:
         """The (height, width) of the images the checkpoint was trained for, in pixels."""
-        size = self.unet.config.sample_size
-        if size is None:
-            raise UsageError(
-                "the checkpoint's unet/config.json gives no sample_size; set --rollout.height and "
-                "--rollout.width"
-            )
-        height, width = (size, size) if isinstance(size, int) else size
-        factor = self.vae.config.downscale_factor
-        return factor * height, factor * width
+        return image_size(self.unet.config, self.vae.config)
 
     def save_pretrained(self, directory: str | Path, *, dtype: Any | None = None) -> None:
         """Write the pipeline as the `from_pretrained` of its Diffusers class loads it.
@@ -186,6 +179,23 @@ class StableDiffusion:
             (directory / name).write_text(json.dumps(config, indent=2) + "\n")
         if self.sampling is not None:
             write_sampling(directory, self.sampling)
+
+
+def image_size(unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
+    """Return the (height, width) in pixels that networks of these configurations are trained for.
+
+    Raises:
+        UsageError: the UNet's states no size.
+    """
+    size = unet.sample_size
+    if size is None:
+        raise UsageError(
+            "the checkpoint's unet/config.json gives no sample_size; set --rollout.height and "
+            "--rollout.width"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    factor = vae.downscale_factor
+    return factor * height, factor * width
 
 
 def exported_index(index: Mapping[str, Any]) -> dict[str, Any]:

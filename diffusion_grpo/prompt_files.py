@@ -48,7 +48,7 @@ def load_prompts(source: str | Path) -> Sequence[Prompt]:
             (its number is named).
     """
     name = str(source)
-    if is_template(name) and not Path(name).expanduser().is_file():
+    if is_template(name) and not _is_file(name):
         return inline_template(name)
     path = find_prompts(name)
     where = f"prompt file {path}"
@@ -88,7 +88,7 @@ def find_prompts(source: str) -> Path:
     if not source.strip():
         raise UsageError("the name of the prompt list is empty; expected a name or a file")
     path = Path(source).expanduser()
-    if path.is_file():
+    if _is_file(source):
         if path.suffix not in SUFFIXES:
             raise UsageError(
                 f"prompt file {source!r} ends in {path.suffix!r}; expected {_EXPECTED}"
@@ -97,7 +97,7 @@ def find_prompts(source: str) -> Path:
     if path.name == source:
         for suffix in SUFFIXES:
             named = resource_path("prompts", source + suffix)
-            if named.is_file():
+            if _is_file(named):
                 return named
     names = list_prompts()
     raise UsageError(
@@ -105,6 +105,11 @@ def find_prompts(source: str) -> Path:
         f"a template such as 'a {{color}} {{animal}}', or one of the lists "
         f"{', '.join(names) or '(none found)'}"
     )
+
+
+def _is_file(path: str | Path) -> bool:
+    """Whether there is such a file; `Path.is_file` raises for a name too long to be one."""
+    return os.path.isfile(os.path.expanduser(path))
 
 
 def _read_text(path: Path) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "list_prompts",
     "load_heldout",
     "load_prompts",
+    "overlap_note",
     "prompt_batch",
     "shuffled_place",
     "split_prompts",
@@ -31,6 +32,7 @@ __all__ = [
 
 _SHUFFLED_WHOLE = 1_000_000  # a longer list is shuffled without a table of its places
 _MAX_SPLIT = 2_000_000  # prompts that are hashed one by one to hold some out
+_MAX_COMPARED = 100_000  # prompts that are compared with those held out, in a second or so
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -114,6 +116,27 @@ def evaluated_on(heldout: str | None, share: float) -> Literal["held-out", "trai
         share: as there.
     """
     return "held-out" if heldout is not None or share > 0 else "training"
+
+
+def overlap_note(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> str | None:
+    """Say which of the held-out prompts that an evaluation draws are trained on; None for none.
+
+    Args:
+        train: the training list; one too long to be gone through is not looked at.
+        heldout: the prompts that are drawn, from a list of their own.
+    """
+    if len(train) > _MAX_COMPARED:
+        return None
+    asked = {prompt.text for prompt in heldout}
+    trained = asked.intersection(prompt.text for prompt in train)
+    shared = [prompt.text for prompt in heldout if prompt.text in trained]
+    if not shared:
+        return None
+    return (
+        f"{len(shared)} of the {len(heldout)} held-out prompts are trained on too, such as "
+        f"{shared[0]!r}: what the evaluation says of them is not of prompts never seen; give "
+        "--prompts.heldout another list, or None with --prompts.heldout-share 0.1"
+    )
 
 
 def _where(prompts: Sequence[Prompt], mask: Iterable[Any]) -> list[Prompt]:

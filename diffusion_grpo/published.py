@@ -1,4 +1,4 @@
-"""Published architectures with random weights: what speed and memory need, without any file.
+"""Architectures, published or a checkpoint's, and random weights: what speed and memory need.
 
 The configurations are those that the checkpoints' own JSON files state. Speed and memory do not
 depend on the weights' values, so random ones of a sensible size stand in for the trained ones.
@@ -7,6 +7,7 @@ depend on the weights' values, so random ones of a sensible size stand in for th
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -16,10 +17,16 @@ import numpy as np
 from flax import nnx
 
 from diffusion_grpo.components import TextEncoder
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import AutoencoderKL, VAEConfig
-from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.pretrained import (
+    StableDiffusion,
+    check_fit,
+    local_directory,
+    read_unet_config,
+)
 from diffusion_grpo.schedule import SchedulerConfig
 
 POOL = 1 << 22  # random numbers drawn; leaves larger than this repeat them
@@ -114,6 +121,44 @@ HUB_IDS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
 }
+
+
+def find_architecture(name: str, *, revision: str | None = None) -> Architecture:
+    """Return the networks of a checkpoint: a published one, or by its configuration files.
+
+    Args:
+        name: a directory, the name of a shipped checkpoint, or a hub id.
+        revision: of a hub repository; the published ones are of their main branch.
+
+    Raises:
+        UsageError: it is not there, or not supported.
+    """
+    if name in HUB_IDS and revision is None:
+        return ARCHITECTURES[HUB_IDS[name]]
+    directory = local_directory(name, revision=revision, layout="configs")
+
+    def read(*parts: str) -> dict[str, Any]:
+        path = directory.joinpath(*parts)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read as JSON: {error}") from None
+
+    text = read("text_encoder", "config.json")
+    second = directory / "text_encoder_2"
+    text_2 = read("text_encoder_2", "config.json") if second.is_dir() else None
+    pipeline = str(read("model_index.json").get("_class_name"))
+    unet = read_unet_config(read("unet", "config.json"), pipeline)
+    vae = VAEConfig.from_dict(read("vae", "config.json"))
+    check_fit(directory, unet, vae, [text] if text_2 is None else [text, text_2])
+    return Architecture(
+        unet,
+        vae,
+        read("scheduler", "scheduler_config.json"),
+        text,
+        int(text.get("max_position_embeddings", 77)),
+        text_2,
+    )
 
 
 def text_networks(model: Architecture) -> dict[str, tuple[type[TextEncoder], Any]]:

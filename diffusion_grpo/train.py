@@ -55,7 +55,13 @@ from diffusion_grpo.preparation import (
 )
 from diffusion_grpo.pretrained import StableDiffusion, check_layout, local_directory
 from diffusion_grpo.processes import leads, of_leader
-from diffusion_grpo.prompts import Prompt, load_heldout, prompt_batch, upcoming_prompts
+from diffusion_grpo.prompts import (
+    Prompt,
+    load_heldout,
+    overlap_note,
+    prompt_batch,
+    upcoming_prompts,
+)
 from diffusion_grpo.results import export, group_metrics, update_metrics
 from diffusion_grpo.rollout import image_keys, initial_noise
 from diffusion_grpo.run_output import RunOutput
@@ -146,6 +152,9 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     )
     again = f"diffusion-grpo train --resume {shlex.quote(str(directory))}"
     start, notes = 0, learner.notes
+    evaluated = heldout[: config.eval.num_prompts]
+    if sources.heldout is not None and (note := overlap_note(prompts, evaluated)):
+        notes = [*notes, note]
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock)
         if resume and of_leader(checkpoints.latest, "the last checkpoint") is not None:

@@ -98,6 +98,25 @@ class LossConfig:
         """Whether the loss reads μ_old."""
         return self._compares_means("old")
 
+    @property
+    def sums_log_ratios(self) -> bool:
+        """Whether the loss depends on sums of log-ratios over the steps."""
+        return self.ratio == "trajectory" or self.kl in ESTIMATORS
+
+    def sweeps(self, updates: int) -> tuple[int, int]:
+        """Return how often an iteration evaluates the active steps without a gradient.
+
+        Args:
+            updates: optimizer steps an iteration.
+
+        Returns:
+            By the policy as it moves, `microbatch` images at a time: once an update after the
+            first. And by the policies that the loss compares it to, once an iteration each.
+        """
+        moving = updates - 1 if self.sums_log_ratios else 0
+        reference = self.needs_reference_means or self.needs_reference_log_probs
+        return moving, int(reference) + int(self.needs_old_means)
+
     def _compares_means(self, base: str) -> bool:
         return (self.guard or self.dppo_kl is not None) and self.ratio_base == base
 
@@ -355,7 +374,6 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
         where `on_policy`. `check=` is called before each microbatch, and may raise.
     """
     config = loss.config
-    summed = config.ratio == "trajectory" or config.kl in ESTIMATORS
     lanes = {True: Lanes(), False: Lanes()}  # on policy or not: programs of their own
 
     def gradient(
@@ -379,7 +397,7 @@ def make_gradient(loss: CompiledLoss) -> Callable[..., tuple[Any, dict[str, Arra
             zero = jnp.zeros_like(mb.advantages)
             pulls, common = Pulls(zero, zero, zero), (params, frozen, schedule, mb, plan, beta)
             peak = zero
-            if summed:
+            if config.sums_log_ratios:
                 with resident():
                     pulls, metrics = loss.terms(*common, on_policy=on_policy)
                 history.append(metrics)

@@ -222,11 +222,9 @@ class Workload:
         counted = {"forward": forward, "sample": float(images * steps * forward)}
         if isinstance(self.learner, GRPOLearner):
             active, differentiated = self.steps_learned
-            sweeps = config.grpo.updates_per_rollout - 1 if config.grpo.ratio != "step" else 0
-            needs = self.learner.loss.config
-            sweeps += bool(needs.needs_reference_means or needs.needs_reference_log_probs)
-            sweeps += needs.needs_old_means
+            sweeps = sum(self.learner.loss.config.sweeps(config.grpo.updates_per_rollout))
             update = config.grpo.updates_per_rollout * differentiated * both
+            counted["sample"] += float(images * self.learner.reward_kl_forwards * active * forward)
             counted |= {
                 "forward_backward": both,
                 "update": float(self.images_learned * (update + sweeps * active * forward)),

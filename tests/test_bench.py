@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion_grpo.bench import describe, table
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.flops import count_flops
+from diffusion_grpo.learning import make_learner
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.models.vae import VAEConfig
-from diffusion_grpo.peer import Peer, PeerError
+from diffusion_grpo.peer import Peer, PeerError, check_options, check_unet
+from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.published import ARCHITECTURES, random_module
+from diffusion_grpo.schedule import SchedulerConfig
 from diffusion_grpo.workload import Workload
 
 TINY = UNetConfig(
@@ -88,6 +93,31 @@ def test_bench_says_that_it_uses_one_device_of_several(monkeypatch, here, said):
     assert first.startswith("1 x ") and said in first
 
 
+@pytest.mark.parametrize(
+    ("words", "sample", "update"),
+    [
+        # 8 images of 4 steps, 2 of which are learned from twice; forward 1, with backward 100.
+        ([], 8 * 4, 8 * 2 * 2 * 100),
+        (["--grpo.beta", "1", "--grpo.kl", "k3"], 8 * 4, 8 * 2 * (2 * 100 + 1 + 1)),
+        (["--grpo.beta", "1", "--grpo.kl-in", "reward"], 8 * (4 + 2 * 2), 8 * 2 * 2 * 100),
+    ],
+)
+def test_evaluations_of_recorded_steps_are_counted(words, sample, update, monkeypatch):
+    small = ["--rollout.prompts-per-iteration", "2", "--rollout.images-per-prompt", "4"]
+    small += ["--rollout.num-steps", "4", "--rollout.window-size", "2", "--rollout.microbatch", "8"]
+    small += ["--grpo.best-and-worst", "None", "--grpo.microbatch", "8", "--grpo.ratio", "step"]
+    small += ["--grpo.step-weights", "uniform", "--grpo.updates-per-rollout", "2"]
+    small += ["--grpo.beta", "0"]
+    work = object.__new__(Workload)  # not prepared: no network is run
+    work.config = load_config("demo", [*small, *words])
+    monkeypatch.setattr(Workload, "network_flops", lambda self: (1.0, 100.0))
+    policy = TrainablePolicy(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), 1.0)
+    scheduler = SchedulerConfig.from_dict(ARCHITECTURES["sd15"].scheduler)
+    work.learner = make_learner(work.config, policy, scheduler, (8, 8, 4))
+    found = work.flops()
+    assert (found["sample"], found["update"]) == (sample, update)
+
+
 @pytest.mark.slow
 def test_bench_takes_turns_with_pytorch_on_the_embedded_model(tmp_path):
     path = tmp_path / "bench.json"
@@ -127,12 +157,64 @@ def test_a_peer_that_is_late_is_given_up(tmp_path):
         (["--json", "a.txt"], "does not end in .json"),
         (["--against", "torch", "--peer", "nowhere.py"], "give its path with --peer"),
         (["--microbatch", "7"], "expected a divisor"),
+        (["--against", "torch", "--peer-python", "nowhere"], "'nowhere', which is no program"),
+        (["--against", "torch", "--updates", "2"], "one update a rollout"),
+        (["--clip", "shapes-clop"], "shapes-clop"),
         (["sd16"], "did you mean 'sd15'"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(words, message, capsys):
+def test_what_cannot_be_measured_is_refused(words, message, capsys, monkeypatch):
+    monkeypatch.setattr("diffusion_grpo.bench.measure", None)  # nothing was measured for nothing
     assert main(["bench", *words]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--grpo.algorithm nft --grpo.kl mse --grpo.step-weights uniform", "knows GRPO alone"),
+        ("--model.trainable lora --model.train-text-encoder True", "trains the UNet alone"),
+        ("--grpo.ratio step --grpo.guard True", "grpo.guard is True, which the peer"),
+        ("--grpo.ratio step --grpo.dppo-kl 0.1", "grpo.dppo_kl is 0.1"),
+        ("--grpo.ratio-base reference", "ratio_base is 'reference'.* expected 'old'"),
+        ("--grpo.kl-in reward --grpo.beta 1", "grpo.kl_in is 'reward'"),
+        ("--grpo.learn-noise-scale True", "grpo.learn_noise_scale is True"),
+        ("--optim.optimizer lion", "optim.optimizer is 'lion'.* expected 'adamw'"),
+    ],
+)
+def test_work_that_the_peer_would_leave_out_is_not_compared(words, message):
+    check_options(load_config("demo", []))
+    with pytest.raises(UsageError, match=message):
+        check_options(load_config("demo", words.split()))
+
+
+def test_a_network_that_the_peer_cannot_run_is_not_compared():
+    check_unet(ARCHITECTURES["sd15"].unet)
+    with pytest.raises(UsageError, match="addition_embed_type is 'text_time'"):
+        check_unet(ARCHITECTURES["sdxl"].unet)
+
+
+def test_the_table_is_shown_before_the_peer_is_asked(monkeypatch, capsys, tmp_path):
+    record = {"seconds": {}, "work": {}, "device": {}}
+    shown = []
+    unet = SimpleNamespace(config=TINY)
+    monkeypatch.setattr(
+        "diffusion_grpo.preparation.load_model", lambda *_: SimpleNamespace(unet=unet)
+    )
+    monkeypatch.setattr("diffusion_grpo.workload.Workload", lambda *_, **__: None)
+    monkeypatch.setattr("diffusion_grpo.bench.measure", lambda *_, **__: record)
+    monkeypatch.setattr("diffusion_grpo.bench.table", lambda _: "the table")
+
+    def compare(*_, command, on_result, **__):
+        shown.append((capsys.readouterr().out, command[0]))
+        on_result(record | {"peers": {}})
+
+    monkeypatch.setattr("diffusion_grpo.peer.compare", compare)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["bench", "demo", "--against", "torch", "--json=~/b.json"]) == 0
+    assert shown == [("the table\n", sys.executable)]
+    assert json.loads((tmp_path / "b.json").read_text()) == record | {"peers": {}}
+    assert capsys.readouterr().out.strip() == str(tmp_path / "b.json")
 
 
 def test_operations_are_those_that_pytorch_counts():

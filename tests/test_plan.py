@@ -23,8 +23,10 @@ from diffusion_grpo.devices import DEVICES, Device
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.kernels import attend, planned_for
 from diffusion_grpo.models.unet import UNetConfig
-from diffusion_grpo.plan import find_architecture, make_plan
-from diffusion_grpo.published import ARCHITECTURES
+from diffusion_grpo.models.vae import VAEConfig
+from diffusion_grpo.plan import USABLE, make_plan
+from diffusion_grpo.plan_memory import Memory, peak_of
+from diffusion_grpo.published import ARCHITECTURES, find_architecture
 from diffusion_grpo.resources import resource_path
 
 KIB = 1024
@@ -209,6 +211,105 @@ def test_a_whole_networks_gradient_is_sent_in_every_call_and_an_adapters_once_an
         plan = make_plan(config, model, DEVICES["h100"], 4)
         assert plan.communicated == ring * sums * plan.memory["gradient"]
         np.testing.assert_allclose(plan.seconds["communicate"], plan.communicated / 450e9)
+
+
+def _tiny(**changed):
+    """A small UNet and a small autoencoder, of two levels each."""
+    vae = VAEConfig(
+        block_out_channels=(192, 192),  # decoding takes more than an image's gradient
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+    unet = dataclasses.replace(TINY, **changed)
+    return dataclasses.replace(find_architecture("shapes-diffusion"), unet=unet, vae=vae)
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [("grpo.microbatch", "rollout.microbatch"), ("rollout.microbatch", "grpo.microbatch")],
+)
+def test_the_microbatch_that_is_named_is_the_largest_that_fits_all_devices(field, other):
+    words = [*CALLS, "--model.trainable", "lora", f"--{other}", "2"]
+
+    def planned(size, memory):
+        config = load_config("demo", [*words, f"--{field}", str(size)])
+        return make_plan(config, _tiny(), Device("gpu", 1e12, 1e12, 1e11, memory, 1e9), 2)
+
+    fits = planned(4, 1e12)
+    refused = planned(16, fits.peak / USABLE + 64)
+    assert fits.fits and not refused.fits
+    assert f"GiB; {field} 4 fits" in refused.warnings[0]
+    if field == "grpo.microbatch":
+        assert refused.largest_microbatch == 4
+
+
+def _memory(**changed):
+    """16 images, 8 of them learned from; 100 bytes held, and one image takes 10 in any program."""
+    given = {"kept": {"weights": 100}, "gradient": 5, "images": 16, "learned": 8, "slack": 1.0}
+    peaks = dict.fromkeys(("sampled", "decoded", "updated"), lambda size: 10 * size)
+    return Memory(**given | peaks | {"lanes": lambda number: 1} | changed)
+
+
+def test_the_program_that_overflows_says_which_microbatch_is_too_large():
+    memory = _memory()
+    assert memory.parts(4, 2)["while sampling"] == 40
+    assert peak_of(memory.parts(4, 2)) == 100 + 5 + 40
+    assert memory.fitting(4, 4, 145) == {}
+    assert memory.fitting(4, 8, 145) == {"grpo.microbatch": 4}
+    assert memory.fitting(8, 4, 145) == {"rollout.microbatch": 4}
+    assert memory.fitting(16, 8, 145) == {"grpo.microbatch": 4, "rollout.microbatch": 4}
+    assert memory.fitting(1, 1, 114) == {"grpo.microbatch": 0}
+    decoded = _memory(decoded=lambda size: 30 * size)
+    assert decoded.fitting(4, 4, 145) == {"rollout.microbatch": 1}
+    assert decoded.most_differentiated(145) == 4
+
+
+def test_all_that_is_at_work_at_the_same_time_has_to_fit():
+    memory = _memory(lanes=lambda number: min(2, number))
+    assert memory.parts(8, 4) == {
+        **{"weights": 100, "gradient": 2 * 5},
+        **{"while sampling": 2 * 80, "while decoding": 2 * 80, "while updating": 2 * 40},
+    }
+    # All 8 at once are a gradient of 80 bytes; 4 and 4 are two of 40.
+    assert memory.most_differentiated(185) == 8 and memory.most_differentiated(184) == 2
+    # Beside one gradient: 16 at once, or two of 8, are the same.
+    assert memory.fitting(16, 8, 200) == {"rollout.microbatch": 4}
+
+
+def test_what_is_evaluated_of_the_recorded_steps_is_counted():
+    def planned(*words):
+        config = load_config("demo", [*CALLS, "--model.trainable", "lora", *words])
+        return make_plan(config, _tiny(), DEVICES["h100"], 1)
+
+    plain, steps, active = planned(), 4, 2
+    forward = plain.flops["sample"] / steps  # of all images
+    penalty = ("--grpo.beta", "0.1", "--grpo.kl")
+    for words, sampling, sweeps in (
+        # The reference once; the policy once more, in the second update.
+        ((*penalty, "k3"), 0, 2),
+        # In the reward: of the policy and the reference, or of the reference alone.
+        ((*penalty, "exact", "--grpo.kl-in", "reward"), 2, 0),
+        ((*penalty, "k2", "--grpo.kl-in", "reward"), 1, 0),
+    ):
+        plan = planned(*words)
+        found = [plan.flops[name] - plain.flops[name] for name in ("sample", "update")]
+        expected = [active * forward * number for number in (sampling, sweeps)]
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1)
+        ratio = plan.seconds["sample"] / plain.seconds["sample"]
+        np.testing.assert_allclose(ratio, 1 + sampling * active / steps)
+
+
+def test_a_size_that_a_run_refuses_is_not_planned():
+    size = ["--rollout.height", "72", "--rollout.width", "64"]
+    config, model = load_config("demo", [*CALLS, *size]), _tiny()
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 5, "block_out_channels": (16,) * 5}
+    deep = dataclasses.replace(model.vae, up_block_types=("UpDecoderBlock2D",) * 5, **blocks)
+    with pytest.raises(UsageError, match="height is 72 pixels; expected a multiple of 16"):
+        make_plan(config, dataclasses.replace(model, vae=deep), DEVICES["h100"], 1)
+    config = load_config("demo", CALLS)
+    with pytest.raises(UsageError, match="gives no sample_size; set --rollout.height"):
+        make_plan(config, _tiny(sample_size=None), DEVICES["h100"], 1)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.pretrained import StableDiffusion, load_clip, load_tokenizer
@@ -132,11 +132,43 @@ def test_what_no_stage_can_use_is_refused_before_one_is_run(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", ["--num-prompts 0", "--grid missing/grid.png", "--model shapes"])
-def test_measure_refuses_what_it_cannot_use(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--num-prompts 0",
+        "--num-steps 0",
+        "--grid missing/grid.png",
+        "--model shapes",
+        "--clip shapes-clop",
+        "--guidance --grid grid.png",
+    ],
+)
+def test_measure_refuses_what_it_cannot_use(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion_grpo.shapes.measure.measure_autoencoder", None)
     with pytest.raises(SystemExit, match="2"):
         measure_main(words.split())
     assert words.split()[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("built", ["shapes-clip", "shapes-diffusion"])
+def test_a_text_encoder_of_another_clip_is_not_installed(built: str, tmp_path: Path) -> None:
+    """Nor a CLIP beside the pipeline that is there, whose text encoder is of the one before."""
+    build, assets = tmp_path / "build", tmp_path / "assets"
+    for name in ("shapes-clip", "shapes-diffusion/text_encoder"):
+        shutil.copytree(resource_path("assets", name), assets / name)
+    shutil.copytree(assets / built, build / built)
+    pretrain.install(build, assets)  # the same
+    part = {"shapes-clip": "shapes-clip", "shapes-diffusion": "shapes-diffusion/text_encoder"}
+    file = build / part[built] / WEIGHTS
+    tensors = load_file(file)
+    name = "text_model.final_layer_norm.weight"
+    save_file(tensors | {name: tensors[name] + np.float16(1)}, file, metadata={"format": "pt"})
+    before = (assets / part[built] / WEIGHTS).read_bytes()
+    with pytest.raises(UsageError, match="is not the text tower of .*shapes-clip"):
+        pretrain.install(build, assets)
+    assert (assets / part[built] / WEIGHTS).read_bytes() == before
 
 
 def test_no_caption_of_clip_s_training_is_held_out() -> None:

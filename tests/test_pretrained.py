@@ -386,6 +386,12 @@ vocab.json onnx/model.onnx model.fp16.safetensors""".split()
             vae/diffusion_pytorch_model.safetensors""",
         ),
         (
+            "configs",
+            HUB,
+            """model_index.json scheduler/scheduler_config.json text_encoder/config.json
+            unet/config.json vae/config.json""",
+        ),
+        (
             "transformers",
             CLIP,
             """config.json merges.txt model.safetensors preprocessor_config.json

@@ -14,6 +14,7 @@ from diffusion_grpo.prompts import (
     list_prompts,
     load_heldout,
     load_prompts,
+    overlap_note,
     prompt_batch,
     shuffled_place,
     split_prompts,
@@ -330,6 +331,26 @@ def test_held_out_prompts_come_from_a_list_a_share_or_the_training_list():
     assert len(train) + len(heldout) == 52 and not set(map(str, train)) & set(map(str, heldout))
     train, heldout = load_heldout("animals", None, 0.0)
     assert train == heldout
+
+
+def test_held_out_prompts_that_are_trained_on_are_told():
+    train = [Prompt(text) for text in ("a cat", "a dog", "a fox")]
+    heldout = [Prompt(text) for text in ("an owl", "a dog", "a cat")]
+    note = overlap_note(train, heldout)
+    assert note is not None and note.startswith("2 of the 3 held-out prompts are trained on too")
+    assert "such as 'a dog'" in note
+    assert overlap_note(train, heldout[:1]) is None
+    for name in ("animals", "ocr", "shapes"):
+        assert overlap_note(load_prompts(name), load_prompts(f"{name}_heldout")) is None
+
+
+@pytest.mark.parametrize("text", ["a {color} " + "very " * 60 + "{animal}", "a cat " * 60])
+def test_a_text_too_long_for_a_file_is_a_template_or_is_refused(text):
+    if "{" in text:
+        assert load_prompts(text)[0].text.startswith("a ")
+    else:
+        with pytest.raises(UsageError, match="no such list or file"):
+            load_prompts(text)
 
 
 def test_metadata_of_the_shipped_templates_is_what_the_text_says():

@@ -118,6 +118,8 @@ def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
     ):
         assert np.isfinite(rows[-1][name])
     assert rows[0]["kl"] >= 0 and rows[-1]["kl"] > 0
+    said = [event["text"] for event in read_events(directory)]
+    assert sum("2 of the 2 held-out prompts are trained on too" in text for text in said) == 1
     assert (
         yaml.safe_load((directory / "config.yaml").read_text())["model"]["trainable"] == trainable
     )

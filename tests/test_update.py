@@ -403,3 +403,20 @@ def test_memory_grows_neither_with_the_steps_nor_with_the_microbatches():
         arguments = PARAMS, None, SCHEDULE, batch, plan_for(config), jnp.float32(1)
         run(*arguments, on_policy=False)
     assert loss.accumulate._cache_size() == 1  # one program whatever the number of microbatches
+
+
+@pytest.mark.parametrize(
+    ("config", "moving", "others"),
+    [
+        (LossConfig(ratio="trajectory"), 2, 0),
+        (LossConfig(ratio="step"), 0, 0),
+        (LossConfig(ratio="step", kl="exact"), 0, 1),
+        (LossConfig(ratio="step", kl="k3"), 2, 1),
+        (LossConfig(ratio="trajectory", kl="k1", ratio_base="reference"), 2, 1),
+        (LossConfig(ratio="step", guard=True, kl="flow_grpo"), 0, 2),
+        (LossConfig(ratio="step", dppo_kl=0.1, ratio_base="reference"), 0, 1),
+    ],
+)
+def test_sweeps_are_of_a_policy_that_moved_and_of_those_it_is_compared_to(config, moving, others):
+    assert config.sweeps(3) == (moving, others)
+    assert config.sweeps(1) == (0, others)

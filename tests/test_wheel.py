@@ -87,7 +87,10 @@ def test_wheel_carries_the_content_inside_the_package(distributions):
 
 def test_source_distribution_carries_tests_and_documents(distributions):
     source, _ = distributions
-    for name in ("README.md", "LICENSE", "CHANGELOG.md", "Makefile", "tests/conftest.py"):
+    files = ["README.md", "LICENSE", "CHANGELOG.md", "Makefile", "tests/conftest.py"]
+    files += ["benchmarks/cost_vs_size.py", "benchmarks/ablations.json"]  # which tests read
+    files += [".ci/mkdocs.yml", ".ci/run"]
+    for name in files:
         assert (source / name).is_file(), name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,10 +138,13 @@ class BenchOptions:
                 )
         if self.repeats < 1:
             raise UsageError(f"repeats is {self.repeats}; expected 1 or more")
-        if self.json is not None:
-            check_output(self.json, (".json",))
         if self.against:
             self.peer_file()
+            if shutil.which(os.path.expanduser(self.peer_python)) is None:
+                raise UsageError(
+                    f"peer_python is {self.peer_python!r}, which is no program here; expected a "
+                    "Python with PyTorch and Diffusers, such as .venv/bin/python"
+                )
 
     def peer_file(self) -> Path:
         """Return the peer's program.
@@ -149,6 +153,7 @@ class BenchOptions:
             UsageError: it is not there.
         """
         path = self.peer or Path(__file__).parents[2] / "tests" / "peers" / "ddpo_torch.py"
+        path = path.expanduser()
         if not path.is_file():
             raise UsageError(
                 f"the peer {str(path)!r} is not there; it lies in the project's checkout under "
@@ -197,6 +202,8 @@ def run(words: Sequence[str]) -> list[Path]:
         words.insert(0, "--preset")
     options = parse(BenchOptions, words, "diffusion-grpo bench")
     options.check()
+    if options.json is not None:
+        options = dataclasses.replace(options, json=check_output(options.json, (".json",)))
     talk = Talk(options.quiet, options.verbose)
     if options.against:  # the peer needs some of the accelerator's memory too
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -217,11 +224,16 @@ def run(words: Sequence[str]) -> list[Path]:
     import jax.numpy as jnp
 
     from diffusion_grpo import bench
-    from diffusion_grpo.peer import compare
+    from diffusion_grpo.peer import check_options, check_unet, compare
     from diffusion_grpo.preparation import load_model
-    from diffusion_grpo.pretrained import DTYPES, local_directory
+    from diffusion_grpo.pretrained import DTYPES, check_clip, local_directory
     from diffusion_grpo.workload import PHASES, Workload
 
+    # What can be wrong is found before minutes of measurement.
+    if options.against:
+        check_options(config)
+    if options.clip is not None:
+        check_clip(options.clip)
     random_tokens = None
     if random:
         architecture = ARCHITECTURES[options.preset]
@@ -237,6 +249,8 @@ def run(words: Sequence[str]) -> list[Path]:
         place = local_directory(source.place, revision=source.revision, variant=source.variant)
         chosen = dataclasses.replace(config.model, variant=source.variant)
         model = load_model(dataclasses.replace(config, model=chosen), place)
+    if options.against:
+        check_unet(model.unet.config)
     work = Workload(config, model, random_tokens=random_tokens)
 
     def save(record: dict[str, Any]) -> None:
@@ -248,17 +262,18 @@ def run(words: Sequence[str]) -> list[Path]:
     record = bench.measure(
         work, repeats=options.repeats, phases=options.phases or PHASES, on_result=save
     )
+    print(bench.table(record), flush=True)
     if peer_file is not None:
         compare(
             work,
             record,
-            command=[options.peer_python, str(peer_file)],
+            command=[os.path.expanduser(options.peer_python), str(peer_file)],
             modes=options.peer_modes,
             repeats=options.repeats,
             timeout=options.peer_timeout,
             on_result=save,
         )
-    print(bench.table(record), flush=True)
+        print(bench.peers_table(record), flush=True)
     if options.clip is not None:
         record["clip"] = _clip(options.clip, work, options.repeats)
         save(record)

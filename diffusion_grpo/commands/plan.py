@@ -38,7 +38,8 @@ def run(words: Sequence[str]) -> list[Path]:
     start = rest.pop(0) if rest and not rest[0].startswith("-") else None
 
     from diffusion_grpo.config import load_config
-    from diffusion_grpo.plan import USABLE, find_architecture, make_plan, table
+    from diffusion_grpo.plan import USABLE, make_plan, table
+    from diffusion_grpo.published import find_architecture
 
     config = load_config(start, rest, prog="diffusion-grpo plan")
     device = find_device(device_name)

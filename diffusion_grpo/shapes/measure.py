@@ -25,7 +25,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.grids import image_grid
 from diffusion_grpo.images import check_image_path, save_image
 from diffusion_grpo.pipeline import generate, make_decoder
-from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.pretrained import StableDiffusion, check_clip
 from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.reward_loading import load_reward
 from diffusion_grpo.shapes.captions import captions, hard_negatives
@@ -208,8 +208,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.grid:
             check_image_path(args.grid)
-        if args.num_prompts < 1:
-            raise UsageError(f"--num-prompts is {args.num_prompts}; expected 1 or more")
+        for name in ("num_prompts", "num_steps"):
+            if (value := getattr(args, name)) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+        if args.grid and not args.guidance:
+            raise UsageError(
+                "--guidance has no value, so that there are no pictures for --grid; expected one "
+                "or more, or no --grid"
+            )
+        check_clip(args.clip)
         report = measure(args)
     except UsageError as error:
         parser.error(str(error))

@@ -222,7 +222,9 @@ def contrastive_loss(
 
     An image is told from the captions of the others in the batch and from false captions of every
     image; its own false captions get a second loss of their own (which of these k+1 is mine?). A
-    caption that stands in the batch twice is not a negative.
+    caption that stands in the batch twice is not a negative. Captions are compared by their tokens:
+    one that says the same in other words (`a circle left of a square`, `a square right of a
+    circle`), or that is true of another's image by chance, is trained as a false one.
 
     Source: Radford et al. 2021; hard negatives as Yuksekgonul et al. 2023.
     """

@@ -334,7 +334,8 @@ def install(build: Path, assets: Path) -> None:
     """Copy the trained models from the build folder to `assets/`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none; or afterwards the text encoder of shapes-diffusion would not be
+            the text tower of shapes-clip.
     """
     built = [name for name in ("shapes-clip", "shapes-diffusion") if (build / name).is_dir()]
     if not built:
@@ -342,8 +343,28 @@ def install(build: Path, assets: Path) -> None:
             f"{build} has neither shapes-clip nor shapes-diffusion; expected a trained model: run "
             "the stages clip, vae and unet first"
         )
+    clip, pipeline = (
+        (build if name in built else assets) / name for name in ("shapes-clip", "shapes-diffusion")
+    )
+    _check_text_encoder(clip, pipeline)
     for name in built:
         shutil.copytree(build / name, assets / name, dirs_exist_ok=True)
+
+
+def _check_text_encoder(clip: Path, pipeline: Path) -> None:
+    """Check that a pipeline's text encoder is a CLIP model's text tower, number by number.
+
+    Raises:
+        UsageError: it is not.
+    """
+    both, encoder = read_safetensors(clip), read_safetensors(pipeline / "text_encoder")
+    tower = {name for name in both if name.startswith("text_model.")}
+    same = tower == set(encoder) and all(np.array_equal(both[n], encoder[n]) for n in tower)
+    if not same:
+        raise UsageError(
+            f"the text encoder of {pipeline} is not the text tower of {clip}; expected a pipeline "
+            "trained with it: run the stage unet after the stage clip, in the same --build"
+        )
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

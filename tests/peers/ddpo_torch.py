@@ -123,12 +123,12 @@ class Loop:
         text, t = self.text[rows], self.schedule["timesteps"][i]
         scale, count = spec["guidance_scale"], len(x)
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        if scale != 1:
+        if scale > 1:  # up to 1 there is no guidance, as in Diffusers
             x, text = torch.cat([x, x]), torch.cat([self.negative.expand_as(text), text])
         with torch.autocast(self.device, self.dtype, enabled=self.autocast):
             out = network(x, t, encoder_hidden_states=text, return_dict=False)[0]
         out = out.float()
-        if scale != 1:
+        if scale > 1:
             plain, prompted = out[:count], out[count:]
             out = plain + scale * (prompted - plain)
         return out

@@ -1,0 +1,122 @@
+"""The memory of a planned run on each device, as a function of its two microbatches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+from diffusion_grpo.costs import Cost
+
+_PROGRAM = "while "  # parts of programs, of which one runs at a time
+
+
+def peak_of(parts: Mapping[str, int]) -> int:
+    """Return the bytes of all parts, those of the programs counted once: the largest."""
+    programs = [size for name, size in parts.items() if name.startswith(_PROGRAM)]
+    held = sum(size for name, size in parts.items() if not name.startswith(_PROGRAM))
+    return held + max(programs)
+
+
+def linear_peak(
+    cost: Cost, size: int, cost_of: Callable[[int], Cost], *, beside: int = 0
+) -> Callable[[int], float]:
+    """Return images at a time → peak bytes of a program: a straight line through two sizes.
+
+    Args:
+        cost: of `size` images at a time.
+        size: images.
+        cost_of: images at a time → cost; called for twice the size, where another is asked for.
+        beside: bytes that the program takes besides, whatever the images.
+    """
+
+    @functools.cache
+    def slope() -> float:
+        return (cost_of(2 * size).peak - cost.peak) / size
+
+    def peak(other: int) -> float:
+        return beside + cost.peak + (slope() * (other - size) if other != size else 0.0)
+
+    return peak
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What one device holds; sizes and numbers of images are its own.
+
+    Attributes:
+        kept: part → bytes, whatever the microbatches.
+        gradient: bytes of one gradient.
+        images: drawn in an iteration.
+        learned: of these, those that the update is given.
+        sampled: images at a time → peak bytes of the program that samples them.
+        decoded: of the one that decodes them.
+        updated: of the one that differentiates them.
+        slack: memory really taken, over what has to be alive.
+        lanes: number of microbatches → how many are at work at the same time.
+    """
+
+    kept: Mapping[str, int]
+    gradient: int
+    images: int
+    learned: int
+    sampled: Callable[[int], float]
+    decoded: Callable[[int], float]
+    updated: Callable[[int], float]
+    slack: float
+    lanes: Callable[[int], int]
+
+    def parts(self, drawn: int, differentiated: int) -> dict[str, int]:
+        """Return part → bytes, with so many images drawn and differentiated at a time."""
+        return (
+            dict(self.kept)
+            | {"gradient": self._gradient(differentiated)}
+            | self._drawing(drawn)
+            | self._updating(differentiated)
+        )
+
+    def fitting(self, drawn: int, differentiated: int, limit: float) -> dict[str, int]:
+        """Return the microbatches that are too large → the largest that fit; 0 for none.
+
+        What is drawn at a time has to fit beside the gradients of an update that fits.
+        """
+        found = {}
+        if self._updating_bytes(differentiated) > limit:
+            differentiated = found["grpo.microbatch"] = self.most_differentiated(limit)
+        if differentiated and self._drawing_bytes(drawn, differentiated) > limit:
+            found["rollout.microbatch"] = _largest(
+                self.images, lambda size: self._drawing_bytes(size, differentiated) <= limit
+            )
+        return found
+
+    def most_differentiated(self, limit: float) -> int:
+        """Return how many images can be differentiated at a time; 0 for none."""
+        return _largest(self.learned, lambda size: self._updating_bytes(size) <= limit)
+
+    def _held(self, differentiated: int) -> int:
+        return sum(self.kept.values()) + self._gradient(differentiated)
+
+    def _drawing_bytes(self, drawn: int, differentiated: int) -> int:
+        return self._held(differentiated) + max(self._drawing(drawn).values())
+
+    def _updating_bytes(self, differentiated: int) -> int:
+        return self._held(differentiated) + sum(self._updating(differentiated).values())
+
+    def _gradient(self, size: int) -> int:
+        return self.gradient * self.lanes(self.learned // size)
+
+    def _drawing(self, size: int) -> dict[str, int]:
+        peaks = {"sampling": self.sampled(size), "decoding": self.decoded(size)}
+        return self._programs(peaks, self.images // size)
+
+    def _updating(self, size: int) -> dict[str, int]:
+        return self._programs({"updating": self.updated(size)}, self.learned // size)
+
+    def _programs(self, peaks: Mapping[str, float], number: int) -> dict[str, int]:
+        taken = self.slack * self.lanes(number)
+        return {f"{_PROGRAM}{name}": round(taken * peak) for name, peak in peaks.items()}
+
+
+def _largest(images: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest divisor of a number of images that fits, or 0."""
+    return max((n for n in range(1, images + 1) if images % n == 0 and fits(n)), default=0)
