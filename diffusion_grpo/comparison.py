@@ -84,8 +84,7 @@ def comparison_grid(
 
 def _of_one_size(columns: Sequence[list[Image.Image]]) -> list[list[Image.Image]]:
     """Enlarge the pictures of each column to the largest width and height, white beside them."""
-    widths, heights = zip(*(column[0].size for column in columns), strict=True)
-    size = max(widths), max(heights)
+    size = max(c[0].width for c in columns), max(c[0].height for c in columns)
     method = Image.Resampling.LANCZOS
     return [
         column

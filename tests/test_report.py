@@ -303,10 +303,10 @@ def served(*run_dirs, every=0.2):
             thread.join()
 
 
-def asked(url, tag=""):
+def asked(url: str, tag: str | None = None):
     """Status, ETag and body of an answer."""
     try:
-        request = urllib.request.Request(url, headers={"If-None-Match": tag} if tag else {})
+        request = urllib.request.Request(url, headers={"If-None-Match": tag or ""})
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status, answer.headers["ETag"], answer.read()
     except urllib.error.HTTPError as error:
