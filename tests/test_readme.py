@@ -174,6 +174,7 @@ def test_reward_is_checked_and_scores_a_folder(folder):
     assert head == "image,prompt,contrast,sharpness,total" and len(rows) == 2
 
 
+@pytest.mark.slow
 def test_memory_and_time_of_the_preset_are_those_of_the_table(capsys):
     assert main(shlex.split(PLAN)) == 0
     told = capsys.readouterr().out
