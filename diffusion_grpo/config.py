@@ -125,12 +125,11 @@ def _options_of(rewards: Sequence[str], options: Sequence[str]) -> tuple[str, ..
 
 
 def demo() -> Config:
-    """The embedded shapes model toward the embedded CLIP score: six minutes on two CPU cores.
+    """The embedded shapes model toward the embedded CLIP score: 6 to 10 minutes on two cores.
 
-    `diffusion-grpo train demo`: 200 iterations. Of 360 held-out prompts 49.7 % are drawn right
-    before, 63.2 % after 100 iterations (61.4 to 65.0, three seeds) and 69.4 % after all (68.1 to
-    70.6); the CLIP score goes from 0.603 to 0.650. 700 iterations made 75.6 % right (one seed;
-    docs/learning.md).
+    `diffusion-grpo train demo`: 200 iterations. Of 360 held-out prompts 43.6 % are drawn right
+    before, and 65.6 % after (64.4 to 67.5, three seeds); the CLIP score goes from 0.626 to 0.678
+    (docs/learning.md).
     """
     return Config(
         model=ModelConfig(pretrained="shapes-diffusion", trainable="full"),
@@ -164,10 +163,10 @@ def demo() -> Config:
 def demo_gold() -> Config:
     """The embedded model toward the exact judge with partial credit: how far RL takes it.
 
-    `diffusion-grpo train demo-gold`: its iterations are each as long as one of `demo`; 500 of them
-    (`--iterations 500`) make 49.7 % right 73.3 % (one seed). DiffusionNFT with all of 16 x 8 images
-    and no KL has 73.1 % after 200 of 500 iterations and 77.4 % (75.8 to 79.2) after all; three
-    seeds (docs/learning.md).
+    `diffusion-grpo train demo-gold`: its iterations are each as long as one of `demo`. With the
+    embedded base before this one 500 of them (`--iterations 500`) made 49.7 % right 73.3 % (one
+    seed), and as many of DiffusionNFT with all of 16 x 8 images and no KL 77.4 % (75.8 to 79.2,
+    three seeds; docs/earlier-bases.md).
     """
     base = demo()
     return dataclasses.replace(
@@ -182,7 +181,7 @@ def demo_mix() -> Config:
     """The embedded model toward the CLIP score and the judge, each normalized in its groups.
 
     `diffusion-grpo train demo-mix`: 200 iterations, each about as long as one of `demo`, made
-    43.3 % right 61.7 % with the embedded base before this one, where `demo` made 62.1 and
+    43.3 % right 61.7 % with an older embedded base, where `demo` made 62.1 and
     `demo-gold` 61.1 % (docs/earlier-bases.md).
     """
     base = demo_gold()
