@@ -24,7 +24,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lanes import cores
 from diffusion_grpo.learning import GRPOLearner
 from diffusion_grpo.models.unet import UNetConfig
-from diffusion_grpo.steps import choose_steps
+from diffusion_grpo.steps import choose_steps, update_draw
 from diffusion_grpo.workload import Workload
 
 COMPARED = ("sample", "update", "iteration")  # phases that both time
@@ -160,7 +160,8 @@ def peer_spec(work: Workload, mode: str) -> dict[str, Any]:
     assert isinstance(learner, GRPOLearner)
     schedule = learner.schedule(0)
     plan = learner.plan(schedule, 0)
-    steps = choose_steps(plan.active, config.grpo.gradient_steps, (config.run.seed, 0, 0))
+    drawn = update_draw(config.run.seed, 0, 0)
+    steps = choose_steps(plan.active, config.grpo.gradient_steps, drawn)
     constants = ("timesteps", "signal_scale", "noise_scale", "next_signal_scale")
     constants += ("direction_scale", "std")
     embeddings = work.conditioning[0]["encoder_hidden_states"]
