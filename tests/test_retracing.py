@@ -1,7 +1,7 @@
 """A run compiles in its first iterations, and never after."""
 
-import jax
 import pytest
+from compilations import compilations
 from tiny_run import config
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
@@ -30,12 +30,7 @@ def checkpoint(tmp_path_factory):
     "choice", [pytest.param(c, marks=[pytest.mark.slow] * (c == "nft")) for c in CHOICES]
 )
 def test_nothing_is_compiled_after_the_second_iteration(checkpoint, tmp_path, monkeypatch, choice):
-    compiled, at_iteration = [], []
-
-    def listen(event, _, **about):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(about)
-
+    at_iteration = []
     original = run.update_metrics
 
     def count(updates):
@@ -43,13 +38,10 @@ def test_nothing_is_compiled_after_the_second_iteration(checkpoint, tmp_path, mo
         return original(updates)
 
     monkeypatch.setattr(run, "update_metrics", count)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        changed = {"run__iterations": ITERATIONS, "eval__every": 2, "eval__keep_best": False}
-        changed |= CHOICES[choice]
+    changed = {"run__iterations": ITERATIONS, "eval__every": 2, "eval__keep_best": False}
+    changed |= CHOICES[choice]
+    with compilations() as compiled:
         run.train(config(checkpoint, tmp_path, **changed), quiet=True)
-    finally:
-        jax.monitoring.clear_event_listeners()
     assert len(at_iteration) == ITERATIONS
     assert at_iteration[0] > 5  # sampling, decoding and the update, at least
     assert at_iteration[2:] == [at_iteration[1]] * 3, compiled[at_iteration[1] :]

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from compilations import compilations
 from flax import nnx
 from small_policies import ALONE, KINDS, Categorical, Gaussian, make_batch, parameters
 
@@ -200,12 +201,15 @@ def test_steps_compile_once():
     trainer = GRPOTrainer(Categorical(), optax.adam(1e-2), GRPOConfig(), Categorical())
     batches = [make_batch(seed=seed) for seed in range(5)]
     traces = Categorical.traces
-    for batch in batches:
-        trainer.train_step(batch)
+    trainer.train_step(batches[0])
+    with compilations() as compiled:
+        for batch in batches[1:]:
+            trainer.train_step(batch)
+    assert not compiled
     assert Categorical.traces == traces + 2  # the policy and the reference
-    assert trainer._step._cache_size() == 1
-    trainer.train_step(batches[0] | {"group_size": 3})
-    assert trainer._step._cache_size() == 2
+    with compilations() as compiled:
+        trainer.train_step(batches[0] | {"group_size": 3})
+    assert len(compiled) == 1 and Categorical.traces == traces + 4
 
 
 def test_optax_and_nnx_optimizers_take_the_same_steps():
