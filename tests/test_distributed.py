@@ -122,6 +122,7 @@ def assert_same(one, other, rel):
             assert second[name] == pytest.approx(value, rel=rel, abs=2e-6), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_of_two_devices(checkpoint, preempted, of_two_devices, tmp_path):
     both = shutil.copytree(preempted / "run", tmp_path / "run")
     for code, said in run(["--resume", both]):
@@ -153,6 +154,7 @@ def test_two_processes_train_as_one_of_two_devices(checkpoint, preempted, of_two
     assert apart < 0.05 * changed and changed > 1e-4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_in_one(preempted, of_two_devices, tmp_path):
     alone = shutil.copytree(preempted / "run", tmp_path / "run")
     assert main(["train", "--resume", str(alone), "--quiet"]) == 0

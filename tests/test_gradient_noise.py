@@ -34,6 +34,7 @@ def test_elements_count_alike_whatever_their_size():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "nft"])
 def test_it_measures_a_run_s_configuration(algorithm, tmp_path, monkeypatch, capsys):
     words = flags(

@@ -149,6 +149,7 @@ def test_an_old_checkpoint_is_planned_at_the_size_that_it_is_loaded_at(tmp_path)
         find_architecture(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_adapters_of_the_text_encoder_are_counted():
     model = find_architecture("shapes-diffusion")
     lora = [*SMALL, "--model.trainable", "lora", "--model.lora-rank", "4"]
@@ -277,6 +278,7 @@ def test_all_that_is_at_work_at_the_same_time_has_to_fit():
     assert memory.fitting(16, 8, 200) == {"rollout.microbatch": 4}
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_of_the_recorded_steps_is_counted():
     def planned(*words):
         config = load_config("demo", [*CALLS, "--model.trainable", "lora", *words])

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "ppo_memory.py"
 
 
+@pytest.mark.slow
 def test_a_value_network_as_large_as_the_policy_doubles_what_is_held():
     words = ["--size", "tiny", "--dtype", "float32", "--steps", "4", "--json"]
     done = subprocess.run(

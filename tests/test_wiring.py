@@ -158,6 +158,7 @@ def learner_for(checkpoint, folder, *words):
 ADVANTAGES = jnp.asarray([1.0, -1.0, 0.5, -0.5])
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_run_is_the_base_wherever_training_has_come(checkpoint, tmp_path):
     learner, conditioning, noise, keys = learner_for(
         checkpoint, tmp_path, "--grpo.beta 0.1 --grpo.kl exact --grpo.updates-per-rollout 2"
