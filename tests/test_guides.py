@@ -4,11 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from diffusion_grpo import metrics
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import PRESETS, load_config
+from diffusion_grpo.reward_loading import load_reward
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
@@ -43,6 +46,24 @@ def test_rewards_of_the_guide_keep_the_contract(tmp_path, monkeypatch, capsys):
         Path(file).write_text(code)
         assert main(["check-reward", file]) == 0
         assert "the contract is kept" in capsys.readouterr().out
+
+
+def test_the_reward_in_pytorch_scores_as_its_network_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n([^`]*import torch[^`]*)```", TEXTS["rewards.md"])
+    Path("torch_reward.py").write_text(code)
+    (served,) = commands("rewards.md", "serve-reward")
+    file, option, value, *_ = shlex.split(served, comments=True)
+    assert (file, option) == ("torch_reward.py", "--options")
+    linear = torch.nn.Linear(3 * 8 * 8, 1)
+    torch.save({f"2.{name}": value for name, value in linear.state_dict().items()}, "weights.pt")
+    assert value == "torch_reward.weights=weights.pt"
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    reward = load_reward(file, {"weights": "weights.pt"})
+    found = reward.function(images, ["a"] * 5, [{}] * 5)
+    pixels = images.transpose(0, 3, 1, 2).reshape(5, -1) / 255.0
+    weight, bias = (part.detach().numpy().astype(np.float64) for part in linear.parameters())
+    np.testing.assert_allclose(found, pixels @ weight[0] + bias, rtol=1e-5)
 
 
 def test_a_group_is_drawn_and_scored_as_the_guide_says(tmp_path, monkeypatch, capsys):
