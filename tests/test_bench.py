@@ -159,6 +159,7 @@ def test_a_peer_that_is_late_is_given_up(tmp_path):
         (["--microbatch", "7"], "expected a divisor"),
         (["--against", "torch", "--peer-python", "nowhere"], "'nowhere', which is no program"),
         (["--against", "torch", "--updates", "2"], "one update a rollout"),
+        (["--against", "torch", "--reward", "clip"], "'clip', which the peer does not compute"),
         (["--clip", "shapes-clop"], "shapes-clop"),
         (["sd16"], "did you mean 'sd15'"),
     ],

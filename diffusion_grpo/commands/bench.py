@@ -98,7 +98,8 @@ class BenchOptions:
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass."""
     reward: str | None = None
-    """Reward to score with; default the preset's, but brightness with random weights or a peer."""
+    """Reward to score with; default the preset's, but brightness with random weights. A peer knows
+    brightness alone."""
     clip: str | None = None
     """Time the score of 64 images by this CLIP checkpoint too: on the device, and by the host."""
     phases: tuple[str, ...] = ()
@@ -139,6 +140,11 @@ class BenchOptions:
         if self.repeats < 1:
             raise UsageError(f"repeats is {self.repeats}; expected 1 or more")
         if self.against:
+            if self.reward not in (None, "brightness"):
+                raise UsageError(
+                    f"reward is {self.reward!r}, which the peer does not compute; leave --reward "
+                    "out with --against: both score by brightness then"
+                )
             self.peer_file()
             if shutil.which(os.path.expanduser(self.peer_python)) is None:
                 raise UsageError(
