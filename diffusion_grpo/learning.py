@@ -18,16 +18,16 @@ from diffusion_grpo.consistency import images_learned_from, images_sharing_a_pro
 from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.learner import Learner, LearnerState, Rollout
 from diffusion_grpo.mesh import by_rows, join_rows, replicated, shards, to_host
-from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
-from diffusion_grpo.optim import make_update, moved_average
-from diffusion_grpo.pipeline import TrainablePolicy
-from diffusion_grpo.preparation import (
+from diffusion_grpo.microbatches import (
     Output,
     chunks,
     make_final_rollout,
     make_policy_steps,
     make_rollout,
 )
+from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
+from diffusion_grpo.optim import make_update, moved_average
+from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.probe import check_drift, measure_drift
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, alphas_cumprod
 from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps, update_draw

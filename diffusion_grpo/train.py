@@ -43,12 +43,12 @@ from diffusion_grpo.mesh import (
     use,
 )
 from diffusion_grpo.metrics import MetricsLog
+from diffusion_grpo.microbatches import decoded_and_scored
 from diffusion_grpo.pipeline import TrainablePolicy, latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
     check_alike,
     check_directory,
     check_prompts,
-    decoded_and_scored,
     load_model,
     lora_options,
     open_directory,
