@@ -29,6 +29,7 @@ from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps,
 from diffusion_grpo.optim import make_update, moved_average
 from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.probe import check_drift, measure_drift
+from diffusion_grpo.rollout import fold_each
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, alphas_cumprod
 from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps, update_draw
 from diffusion_grpo.trajectories import ESTIMATORS, PolicySteps, UpdateBatch, trajectory_kl
@@ -318,7 +319,7 @@ class NFTLearner(Learner):
         options, train, history = self.config.grpo, state.train, []
         advantages = self._in_deviations(advantages)
         for number in range(options.updates_per_rollout):
-            drawn = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+            drawn = fold_each(keys, number)
             # Keys of their own: a key's children are the same for whatever is drawn with it.
             first, second = jnp.moveaxis(jax.vmap(jax.random.split)(drawn), 1, 0)
             timesteps = draw_timesteps(first, rollout.schedule.timesteps, self.config.nft.timesteps)
