@@ -9,7 +9,6 @@ holds no more, whatever T and the batch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -47,7 +46,14 @@ from diffusion_grpo.mesh import (
 from diffusion_grpo.rollout import Denoiser, denoising_step
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.steps import Ratio, StepPlan
-from diffusion_grpo.trajectories import ESTIMATORS, KL, UpdateBatch, averaged_elements, step_kl
+from diffusion_grpo.trajectories import (
+    ESTIMATORS,
+    KL,
+    UpdateBatch,
+    averaged_elements,
+    latent_elements,
+    step_kl,
+)
 
 # (trained parameters, frozen parameters) → the policy's denoiser
 Policy = Callable[[Any, Any], Denoiser]
@@ -148,7 +154,15 @@ class Shares(NamedTuple):
 
 
 class CompiledLoss(NamedTuple):
-    """The two compiled programs of the loss; see `compile_loss`."""
+    """The compiled programs of the loss; see `compile_loss`.
+
+    Attributes:
+        config: what they compute.
+        terms: of a microbatch, what depends on sums over the steps: `Pulls` and metrics.
+        accumulate: adds the gradient of one step of a microbatch.
+        entropy: that of the active steps, summed.
+        place: lays the gradient out over the devices.
+    """
 
     config: LossConfig
     terms: Any
@@ -158,16 +172,20 @@ class CompiledLoss(NamedTuple):
 
     @property
     def local(self) -> bool:
-        """Whether each device sums the gradient of its own images, until it is complete."""
-        return self.place is replicated and shards() > 1
+        """Whether each device sums the gradient of its own images, until all are added up."""
+        return _sums_by_device(self.place)
 
     def zeros(self, params: Any) -> Any:
         """Return the gradient that `accumulate` adds the first step to."""
         return partial_sums(params) if self.local else jax.tree.map(jnp.zeros_like, params)
 
     def mean(self, gradient: Any, count: int) -> Any:
-        """Return the gradient that was accumulated, for a mean over images; donated."""
+        """Return the accumulated gradient over `count`, the number of images; it is donated."""
         return divide(total_of(gradient) if self.local else gradient, jnp.float32(count))
+
+
+def _sums_by_device(place: Place) -> bool:
+    return place is replicated and shards() > 1
 
 
 def _fixed_noise(params: Any, schedule: Schedule) -> Schedule:
@@ -182,11 +200,12 @@ def compile_loss(
     *,
     place: Place = replicated,
 ) -> CompiledLoss:
-    """Compile the two programs that the gradient is made of.
+    """Compile the programs that the gradient and its metrics are made of.
 
     `terms` sums a microbatch's log-ratios over the steps (by a forward sweep, or without one on the
     first update, where they are known) and differentiates what depends on the sum. `accumulate`
-    differentiates one step of one microbatch and adds to the gradient, which is donated.
+    differentiates one step of one microbatch and adds to the gradient, which is donated. `entropy`
+    is for the metrics alone: its gradient is in `accumulate`'s.
 
     Args:
         policy: (trained, frozen parameters) → denoiser.
@@ -242,7 +261,7 @@ def compile_loss(
                 return (sums[0] + plan.weights[i] * change, sums[1] + change), None
 
             (weighted, plain), _ = jax.lax.scan(sweep, (zero, zero), plan.active)
-        pull, kl_pull, metrics = zero, zero, {}
+        pull, kl_pull, metrics, kind = zero, zero, {}, config.kl
         if config.ratio == "trajectory":
             log_ratio = weighted
             if config.ratio_base == "reference":
@@ -252,8 +271,7 @@ def compile_loss(
             )
             metrics = ratio_metrics(log_ratio, clipped, plain, elements(mb))
             metrics |= {"policy_loss": loss}
-        if config.kl in ESTIMATORS:
-            kind: Any = config.kl
+        if kind in ESTIMATORS:
             kl, kl_pull = jax.value_and_grad(
                 lambda delta: kl_estimate(delta, kind, elements=elements(mb)).sum()
             )(plain + to_reference(mb, plan.active))
@@ -332,12 +350,13 @@ def compile_loss(
                 kl = share * to_means(mean, std, schedule, mb, i).sum()
                 loss, metrics = loss + beta * kl, metrics | {"kl": kl}
             if config.entropy_coeff:
-                entropy = gaussian_entropy(std, _size(mb), reduction=config.reduction)
+                size = latent_elements(mb.trajectory.latents)
+                entropy = gaussian_entropy(std, size, reduction=config.reduction)
                 count = jnp.float32(mb.advantages.shape[0])
                 loss = loss - shares.total * count * config.entropy_coeff * entropy
             return loss, (metrics, log_p - mb.trajectory.log_probs[i])
 
-        if place is replicated and shards() > 1:
+        if _sums_by_device(place):
             return of_shards(step_loss, gradient, params, mb, pulls)
         new, (metrics, change) = jax.grad(partial(step_loss, mb=mb, pulls=pulls), has_aux=True)(
             params
@@ -346,8 +365,8 @@ def compile_loss(
 
     @jax.jit
     def entropy(params: Any, schedule: Schedule, mb: UpdateBatch, active: Array) -> Array:
-        std = noise(params, schedule).std[active]
-        return gaussian_entropy(std, _size(mb), reduction=config.reduction).sum()
+        std, size = noise(params, schedule).std[active], latent_elements(mb.trajectory.latents)
+        return gaussian_entropy(std, size, reduction=config.reduction).sum()
 
     return CompiledLoss(config, terms, accumulate, entropy, place)
 
@@ -434,7 +453,3 @@ def _peak(peak: Array, change: Array) -> Array:
 @jax.jit
 def _largest(peaks: list[Array]) -> Array:
     return replicated(jnp.stack([peak.max() for peak in peaks]).max())
-
-
-def _size(batch: UpdateBatch) -> int:
-    return math.prod(batch.trajectory.latents.shape[2:])
