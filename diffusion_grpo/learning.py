@@ -17,6 +17,7 @@ from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.consistency import images_learned_from, images_sharing_a_prompt
 from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.learner import Learner, LearnerState, Rollout
+from diffusion_grpo.loss import LossConfig, compile_loss
 from diffusion_grpo.mesh import by_rows, join_rows, replicated, shards, to_host
 from diffusion_grpo.microbatches import (
     Output,
@@ -33,7 +34,7 @@ from diffusion_grpo.rollout import fold_each
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, alphas_cumprod
 from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps, update_draw
 from diffusion_grpo.trajectories import ESTIMATORS, PolicySteps, UpdateBatch, trajectory_kl
-from diffusion_grpo.update import LossConfig, compile_loss, make_gradient
+from diffusion_grpo.update import make_gradient
 
 
 def make_learner(

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int, Key
 from diffusion_grpo.accumulation import divide, sum_in_lanes
 from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
+from diffusion_grpo.loss import Policy
 from diffusion_grpo.mesh import Place, replicated, resident, take_rows
 from diffusion_grpo.rollout import fold_each, initial_noise
 from diffusion_grpo.schedule import PredictionType, add_noise, epsilon_x0
-from diffusion_grpo.update import Policy
 
 
 @dataclasses.dataclass(frozen=True)
