@@ -28,8 +28,9 @@ from rich.progress import track
 from diffusion_grpo.conditioning import by_rows_of, encode_prompts
 from diffusion_grpo.config import Config, load_config
 from diffusion_grpo.learner import image_advantages, kl_penalty
+from diffusion_grpo.microbatches import decode_chunks
 from diffusion_grpo.pipeline import make_decoder
-from diffusion_grpo.preparation import decode_chunks, load_model
+from diffusion_grpo.preparation import load_model
 from diffusion_grpo.pretrained import local_directory
 from diffusion_grpo.prompts import load_prompts, prompt_batch
 from diffusion_grpo.reward import RewardSet

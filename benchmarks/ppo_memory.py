@@ -27,6 +27,7 @@ from flax import nnx
 from diffusion_grpo.conditioning import conditioning_shapes
 from diffusion_grpo.learning_sections import OptimConfig
 from diffusion_grpo.lora import LoRAParam, attach_lora
+from diffusion_grpo.loss import LossConfig, Pulls, Shares, compile_loss
 from diffusion_grpo.models.unet import UNet2DConditionModel, UNetConfig
 from diffusion_grpo.optim import TrainState, make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy
@@ -35,7 +36,6 @@ from diffusion_grpo.schedule import SchedulerConfig, make_schedule
 from diffusion_grpo.sections import ModelConfig
 from diffusion_grpo.steps import plan_steps
 from diffusion_grpo.trajectories import UpdateBatch
-from diffusion_grpo.update import LossConfig, Pulls, Shares, compile_loss
 
 SD15 = UNetConfig(sample_size=64, cross_attention_dim=768)
 TINY = UNetConfig(

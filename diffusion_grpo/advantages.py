@@ -44,7 +44,6 @@ def group_advantages(
     *,
     kind: Advantage = "group",
     eps: float = 1e-8,
-    clip: float | None = None,
 ) -> Float[Array, " B"]:
     """Return how much better each sample is than the others of its group.
 
@@ -63,7 +62,6 @@ def group_advantages(
         group_size: G, at least 2.
         kind: see above.
         eps: in units of the reward.
-        clip: bound on the absolute value, None for none.
 
     Returns:
         Advantages [P·G], float32.
@@ -88,8 +86,7 @@ def group_advantages(
             f"advantage {kind!r} is unknown; expected 'group', 'group_mean', 'group_global_std' or "
             "'leave_one_out'"
         )
-    advantages = advantages.reshape(-1)
-    return advantages if clip is None else jnp.clip(advantages, -clip, clip)
+    return advantages.reshape(-1)
 
 
 def _std(centered: Array, axis: int | None = None) -> Array:

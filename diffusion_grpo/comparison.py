@@ -29,8 +29,6 @@ def comparison_grid(
     captions: Sequence[str],
     *,
     scores: Sequence[np.ndarray] | None = None,
-    title: str = "",
-    min_size: int = 128,
     text_size: int = TEXT_SIZE,
 ) -> Image.Image:
     """Draw what several models make of the same prompts and seeds, a panel a picture.
@@ -43,8 +41,6 @@ def comparison_grid(
         scores: for each model float [N]; under each picture, and under those of the second model
             and further with the difference to the first, green where it is higher and red where it
             is lower. Where every score is 0 or 1, a tick or a cross instead.
-        title: a heading, or `""`.
-        min_size: as in `image_grid`.
         text_size: as in `image_grid`.
 
     Raises:
@@ -53,9 +49,7 @@ def comparison_grid(
     counts = {len(model) for model in images} | {len(captions)}
     if len(counts) > 1 or len(labels) != len(images):
         raise ValueError(f"{sorted(counts)} images and captions: expected the same number of each")
-    columns = _of_one_size(
-        [enlarge(model, min_size=min_size, resample="lanczos") for model in images]
-    )
+    columns = _of_one_size([enlarge(model) for model in images])
     first_scores = scores[0] if scores else np.zeros(0)
     judged = bool(scores) and bool(np.isin(scores, (0, 1)).all())
     panels = []
@@ -79,7 +73,7 @@ def comparison_grid(
             text_size=text_size,
         )
         panels.append(strip)
-    return draw_page(pack(panels), title=title, text_size=text_size)
+    return draw_page(pack(panels), title="", text_size=text_size)
 
 
 def _of_one_size(columns: Sequence[list[Image.Image]]) -> list[list[Image.Image]]:

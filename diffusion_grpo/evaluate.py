@@ -34,7 +34,7 @@ from diffusion_grpo.pipeline import (
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.prompts import Prompt, evaluated_on
 from diffusion_grpo.reward import RewardSet, Scoring
-from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise
+from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise, step_noise
 from diffusion_grpo.schedule import Schedule, make_schedule
 from diffusion_grpo.stats import by_prompt, diversity, monitor, standard_error
 
@@ -318,12 +318,15 @@ def make_trajectory_kl(
         noisy = policy.noise(trained, schedule)
 
         def step(x_t: Array, i: Array) -> tuple[Array, Array]:
-            now = denoising_step(policy.denoiser(trained, frozen), noisy, i, x_t, conditioning)
-            then = denoising_step(other.denoiser(*fixed), schedule, i, x_t, reference_conditioning)
-            steps = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
-            x_s = now[0] + now[1] * initial_noise(steps, x_t.shape[1:])
-            std_q = then[1] if policy.learns_noise else None
-            return x_s, gaussian_kl(now[0], then[0], now[1], reduction=reduction, std_q=std_q)
+            mean, std = denoising_step(
+                policy.denoiser(trained, frozen), noisy, i, x_t, conditioning
+            )
+            mean_ref, std_ref = denoising_step(
+                other.denoiser(*fixed), schedule, i, x_t, reference_conditioning
+            )
+            x_s = mean + std * step_noise(keys, i, x_t.shape[1:])
+            std_q = std_ref if policy.learns_noise else None
+            return x_s, gaussian_kl(mean, mean_ref, std, reduction=reduction, std_q=std_q)
 
         return jax.lax.scan(step, initial, jnp.arange(schedule.num_steps))[1].sum(axis=0)
 
@@ -336,10 +339,10 @@ def make_trajectory_kl(
         conditioning: Any,
         reference_conditioning: Any = None,
     ) -> Array:
-        both = (
-            conditioning,
-            (conditioning if reference_conditioning is None else reference_conditioning),
+        if reference_conditioning is None:
+            reference_conditioning = conditioning
+        return divergence(
+            trained, frozen, fixed, initial, keys, conditioning, reference_conditioning
         )
-        return divergence(trained, frozen, fixed, initial, keys, *both)
 
     return measure

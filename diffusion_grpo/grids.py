@@ -16,6 +16,7 @@ _WHITE, _INK, _GRAY, _FRAME = (255, 255, 255), (32, 33, 36), (110, 114, 120), (2
 _MARGIN, _GAP, _PADDING = 20, 6, 18  # around the grid, between cells, between rows; pixels
 _MIDDLE = 22  # between before and after
 TEXT_SIZE = 15  # of captions, in pixels
+MIN_SIZE = 128  # pixels of an image's shorter side: smaller ones are enlarged, by a whole factor
 _SMALL, _LARGE = 13 / 15, 20 / 15  # notes and headings, relative to captions
 RIGHT, WRONG = "✓", "✗"
 _MARKS = {  # lines, relative to the size of the text
@@ -31,12 +32,13 @@ def image_grid(
     *,
     columns: int | None = None,
     title: str = "",
-    min_size: int = 128,
     max_size: int | None = None,
     text_size: int = TEXT_SIZE,
     resample: Resample = "lanczos",
 ) -> Image.Image:
     """Draw images in rows and columns on white, with captions under each row or each cell.
+
+    Images whose shorter side is below `MIN_SIZE` are enlarged to at least that.
 
     Args:
         images: uint8 [N, H, W, 3], row by row.
@@ -44,8 +46,6 @@ def image_grid(
         columns: images a row; by default the number that makes the grid about square, or N / number
             of captions where that is whole.
         title: a heading, or `""`.
-        min_size: images whose shorter side is smaller are enlarged, by a whole factor, to at least
-            this many pixels.
         max_size: images whose longer side is larger are reduced to it, for contact sheets.
         text_size: of captions, in pixels.
         resample: how they are enlarged; `nearest` shows the pixels as they are.
@@ -56,9 +56,9 @@ def image_grid(
     Raises:
         ValueError: not images, no image, or a number of captions that fits neither rows nor cells.
     """
-    cells = enlarge(images, min_size=min_size, resample=resample)
+    cells = enlarge(images, resample=resample)
     if max_size is not None and max(cells[0].size) > max_size:
-        if min_size > max_size:  # the cells are those of the images themselves
+        if MIN_SIZE > max_size:  # the cells are those of the images themselves
             cells = [Image.fromarray(image) for image in images]
         for cell in cells:
             cell.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
@@ -91,8 +91,6 @@ def before_after_grid(
     scores_before: np.ndarray | None = None,
     scores_after: np.ndarray | None = None,
     title: str = "",
-    min_size: int = 128,
-    resample: Resample = "lanczos",
 ) -> Image.Image:
     """Draw pairs of images, before and after training, at the same prompts and seeds.
 
@@ -103,8 +101,6 @@ def before_after_grid(
         scores_before: float [P * G], written under the images.
         scores_after: the same for `after`.
         title: a heading, or `""`.
-        min_size: as in `image_grid`.
-        resample: as in `image_grid`.
 
     Returns:
         An RGB image; for each prompt its G images before on the left and after on the right.
@@ -125,7 +121,7 @@ def before_after_grid(
     group = count // len(captions)
     sides = []
     for images, scores in ((before, scores_before), (after, scores_after)):
-        cells = enlarge(images, min_size=min_size, resample=resample)
+        cells = enlarge(images)
         sides.append((cells, [] if scores is None else [f"{score:.3f}" for score in scores]))
     panels = []
     for row, caption in enumerate(captions):
@@ -151,14 +147,14 @@ def _default_columns(count: int, captions: Sequence[str] | None) -> int:
     return int(np.ceil(np.sqrt(count)))
 
 
-def enlarge(images: np.ndarray, *, min_size: int, resample: Resample) -> list[Image.Image]:
-    """Return images as Pillow ones, the shorter side at least `min_size` by a whole factor."""
+def enlarge(images: np.ndarray, *, resample: Resample = "lanczos") -> list[Image.Image]:
+    """Return images as Pillow ones, the shorter side at least `MIN_SIZE` by a whole factor."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not images.size:
         raise ValueError(
             f"images are {images.dtype} of shape {images.shape}, expected uint8 [N, H, W, 3], N > 0"
         )
     _, height, width, _ = images.shape
-    factor = max(1, -(-min_size // min(height, width)))
+    factor = max(1, -(-MIN_SIZE // min(height, width)))
     method = Image.Resampling.NEAREST if resample == "nearest" else Image.Resampling.LANCZOS
     size = (width * factor, height * factor)
     return [Image.fromarray(image).resize(size, method) for image in images]

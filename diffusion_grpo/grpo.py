@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 Scalar = float | Float[Array, ""]
+Estimator = Literal["k1", "k2", "k3"]
 
 # The largest exponent of a ratio: e^80 is near the end of float32, and beyond every clip range.
 MAX_LOG_RATIO = 80.0
@@ -138,7 +139,7 @@ def scaled_clip(clip_low: float, clip_high: float, scale: float) -> tuple[float,
 
 
 def kl_estimate(
-    log_ratio: Float[Array, "..."], kind: Literal["k1", "k2", "k3"], *, elements: int = 1
+    log_ratio: Float[Array, "..."], kind: Estimator, *, elements: int = 1
 ) -> Float[Array, "..."]:
     """Estimate KL(π_θ ‖ π_ref) of each sample drawn from π_θ.
 

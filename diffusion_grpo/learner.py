@@ -21,9 +21,9 @@ from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.grpo import adapted_beta
 from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.mesh import by_rows, placement
+from diffusion_grpo.microbatches import Output
 from diffusion_grpo.optim import TrainState, make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy
-from diffusion_grpo.preparation import Output
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, make_schedule
 from diffusion_grpo.steps import StepPlan, noise_window
 

@@ -17,22 +17,24 @@ from diffusion_grpo.config import Config, GRPOOptions
 from diffusion_grpo.consistency import images_learned_from, images_sharing_a_prompt
 from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.learner import Learner, LearnerState, Rollout
+from diffusion_grpo.loss import LossConfig, compile_loss
 from diffusion_grpo.mesh import by_rows, join_rows, replicated, shards, to_host
-from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
-from diffusion_grpo.optim import make_update, moved_average
-from diffusion_grpo.pipeline import TrainablePolicy
-from diffusion_grpo.preparation import (
+from diffusion_grpo.microbatches import (
     Output,
     chunks,
     make_final_rollout,
     make_policy_steps,
     make_rollout,
 )
+from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
+from diffusion_grpo.optim import make_update, moved_average
+from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.probe import check_drift, measure_drift
+from diffusion_grpo.rollout import fold_each
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, alphas_cumprod
 from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps, update_draw
 from diffusion_grpo.trajectories import ESTIMATORS, PolicySteps, UpdateBatch, trajectory_kl
-from diffusion_grpo.update import LossConfig, compile_loss, make_gradient
+from diffusion_grpo.update import make_gradient
 
 
 def make_learner(
@@ -318,7 +320,7 @@ class NFTLearner(Learner):
         options, train, history = self.config.grpo, state.train, []
         advantages = self._in_deviations(advantages)
         for number in range(options.updates_per_rollout):
-            drawn = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+            drawn = fold_each(keys, number)
             # Keys of their own: a key's children are the same for whatever is drawn with it.
             first, second = jnp.moveaxis(jax.vmap(jax.random.split)(drawn), 1, 0)
             timesteps = draw_timesteps(first, rollout.schedule.timesteps, self.config.nft.timesteps)

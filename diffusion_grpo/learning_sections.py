@@ -1,4 +1,4 @@
-"""The sections of a run's configuration that say how is learned: loss, penalty, optimizer."""
+"""The sections of a run's configuration about learning: the loss, its KL, the optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GRPOOptions(Section):
     advantage_eps: float = 1e-8
     """eps of the advantage, in units of the reward."""
     advantage_clip: float = 5.0
-    """Advantages are clipped to this many standard deviations both ways, each reward's its own."""
+    """Bound on |A|, in standard deviations; with combine = 'advantages', on each reward's own A."""
     combine: Literal["rewards", "advantages"] = "rewards"
     """Weight and sum several rewards, or the advantages of each of them (GDPO)."""
     running_size: int = 32
@@ -73,7 +73,7 @@ class GRPOOptions(Section):
     updates_per_rollout: int = 2
     """Optimizer steps an iteration; at the first ρ is exactly 1, clipping acts from the second."""
     microbatch: int = 8
-    """Images a gradient is taken of at a time; divides the images learned from."""
+    """Images differentiated at a time; divides the number of images learned from."""
     gradient_steps: int | None = None
     """K of the A steps are differentiated, drawn uniformly, scaled by A/K; None takes all."""
     allow_drift: bool = False
@@ -129,7 +129,7 @@ class OptimConfig(Section):
     learning_rate: float = 3e-4
     """Step size after the warm-up; about 3e-4 for LoRA and 1e-5 for a full large UNet."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after the warm-up: constant, or down to the end of the run."""
+    """The learning rate after the warm-up: constant, or falling until the end of the run."""
     final_learning_rate: float = 0.0
     """Learning rate at the end of a linear or cosine schedule."""
     warmup_iterations: int = 0

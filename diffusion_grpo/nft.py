@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int, Key
 from diffusion_grpo.accumulation import divide, sum_in_lanes
 from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
+from diffusion_grpo.loss import Policy
 from diffusion_grpo.mesh import Place, replicated, resident, take_rows
-from diffusion_grpo.rollout import initial_noise
+from diffusion_grpo.rollout import fold_each, initial_noise
 from diffusion_grpo.schedule import PredictionType, add_noise, epsilon_x0
-from diffusion_grpo.update import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class NFTConfig:
         prediction_type: what the network's output is.
         beta: how far the positive and the negative policy are from the old one.
         advantage_max: the advantage whose image counts as all good (and −that as all bad).
-        penalty: the squared difference to the reference is in the loss.
+        penalty: add the mean square of the difference to the reference's output to the loss.
         microbatch: images differentiated at a time.
     """
 
@@ -141,8 +141,8 @@ def compile_nft(
         alphas_cumprod: ᾱ of the training timesteps.
         place: lays the gradient out over the devices, as the trained parameters are.
     """
-    signals = jnp.asarray(np.sqrt(alphas_cumprod), jnp.float32)
-    noises = jnp.asarray(np.sqrt(1 - alphas_cumprod), jnp.float32)
+    signal_scale = jnp.asarray(np.sqrt(alphas_cumprod), jnp.float32)
+    noise_scale = jnp.asarray(np.sqrt(1 - alphas_cumprod), jnp.float32)
 
     @partial(jax.jit, donate_argnums=0)
     def accumulate(
@@ -157,24 +157,24 @@ def compile_nft(
         share: Array,
     ) -> tuple[Any, dict[str, Array]]:
         timesteps = mb.timesteps[:, j]
-        signal, scale = signals[timesteps], noises[timesteps]
+        signal, noise = signal_scale[timesteps], noise_scale[timesteps]
         x0 = mb.x0.astype(jnp.float32)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(mb.keys, j)
-        x_t = add_noise(alphas_cumprod, x0, initial_noise(keys, x0.shape[1:]), timesteps)
+        drawn = initial_noise(fold_each(mb.keys, j), x0.shape[1:])
+        x_t = add_noise(alphas_cumprod, x0, drawn, timesteps)
 
         def run(params: Any) -> Array:
             return policy(params, frozen)(x_t, timesteps, mb.conditioning).astype(jnp.float32)
 
-        def clean(output: Array) -> Array:
-            x0 = epsilon_x0(
-                config.prediction_type, x_t, output, signal_scale=signal, noise_scale=scale
-            )[1]
-            return _weighted(x0)
-
-        def _weighted(x: Array) -> Array:
+        def weighted(x: Array) -> Array:
             if config.prediction_type != "epsilon":
                 return x
             return x * signal.reshape((-1,) + (1,) * (x.ndim - 1))
+
+        def weighted_x0(output: Array) -> Array:
+            _, predicted = epsilon_x0(
+                config.prediction_type, x_t, output, signal_scale=signal, noise_scale=noise
+            )
+            return weighted(predicted)
 
         output_old = run(old)
         output_reference = run(reference) if config.penalty else None
@@ -182,9 +182,9 @@ def compile_nft(
         def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
             output = run(params)
             losses = nft_losses(
-                clean(output),
-                clean(output_old),
-                _weighted(x0),
+                weighted_x0(output),
+                weighted_x0(output_old),
+                weighted(x0),
                 mb.advantages,
                 beta=config.beta,
                 advantage_max=config.advantage_max,
@@ -192,10 +192,10 @@ def compile_nft(
             loss = share * losses.sum()
             metrics = {
                 "policy_loss": loss,
-                "old_distance": share * _square(output - output_old).sum(),
+                "old_distance": share * _mean_square(output - output_old).sum(),
             }
             if output_reference is not None:
-                kl = share * _square(output - output_reference).sum()
+                kl = share * _mean_square(output - output_reference).sum()
                 loss, metrics = loss + beta * kl, metrics | {"kl": kl}
             return loss, metrics
 
@@ -205,7 +205,7 @@ def compile_nft(
     return CompiledNFT(config, accumulate)
 
 
-def _square(x: Float[Array, " B *latent"]) -> Float[Array, " B"]:
+def _mean_square(x: Float[Array, " B *latent"]) -> Float[Array, " B"]:
     return jnp.square(x).mean(tuple(range(1, x.ndim)))
 
 
@@ -218,9 +218,10 @@ def make_nft_gradient(loss: CompiledNFT) -> Callable[..., tuple[Any, dict[str, A
     Returns:
         `gradient(params, old, reference, frozen, batch, beta) -> (gradient like params, metrics)`,
         with the old policy's and the reference's parameters like `params`, and `beta` the weight of
-        the penalty mean‖output − output_ref‖². `check=` is called before each microbatch, and may
-        raise. Metrics: `loss`, `policy_loss`, `old_distance` (the
-        same square, to the old policy), and `kl`, the penalty without its weight, where it is on.
+        the penalty, the mean square of output − output_ref. `check=` is called before each
+        microbatch, and may raise. Metrics: `loss`, `policy_loss`, `old_distance` (the same mean
+        square, to the old policy's output), and `kl`, the penalty without its weight, where
+        `NFTConfig.penalty` is on.
     """
     config, lanes = loss.config, Lanes()
 

@@ -26,13 +26,14 @@ from diffusion_grpo.lanes import MOST, cores
 from diffusion_grpo.learning import GRPOLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
 from diffusion_grpo.mesh import parameter_spec
+from diffusion_grpo.microbatches import make_rollout
 from diffusion_grpo.models.kernels import planned_for
 from diffusion_grpo.models.unet import UNet2DConditionModel
 from diffusion_grpo.models.vae import AutoencoderKL
 from diffusion_grpo.optim import make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy, adapted_network, latent_size
 from diffusion_grpo.plan_memory import Memory, linear_peak, peak_of
-from diffusion_grpo.preparation import lora_options, make_rollout
+from diffusion_grpo.preparation import lora_options
 from diffusion_grpo.pretrained import DTYPES
 from diffusion_grpo.programs import noise_steps, update_arguments
 from diffusion_grpo.published import Architecture, text_networks

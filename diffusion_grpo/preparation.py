@@ -1,35 +1,25 @@
-"""What a run prepares once: its directory, the model, the optimizer, and the compiled pieces."""
+"""What a run prepares once: its directory, and the model with its adapters."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_grpo import processes
 from diffusion_grpo.config import Config, load_config, to_yaml
-from diffusion_grpo.divided_scoring import DividedScoring
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.gaussian import Reduction
-from diffusion_grpo.interrupt import do_nothing
-from diffusion_grpo.lanes import Lanes
-from diffusion_grpo.mesh import by_rows, join_rows, own_rows, resident, take_rows
-from diffusion_grpo.pipeline import LoRAOptions, TrainablePolicy, make_sampler
+from diffusion_grpo.pipeline import LoRAOptions
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt
-from diffusion_grpo.reward import RewardSet, Scoring
-from diffusion_grpo.rollout import Trajectory, sample
+from diffusion_grpo.reward import RewardSet
 from diffusion_grpo.run_lock import LOCK_FILE, RunLock
-from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.text_encoding import ENCODERS
-from diffusion_grpo.trajectories import PolicySteps, UpdateBatch, policy_steps
 
 SCRATCH = "config.yaml.tmp"
 
@@ -208,183 +198,3 @@ def lora_options(config: Config) -> dict[str, LoRAOptions] | None:
         part: LoRAOptions(targets=chosen, rank=model.lora_rank, alpha=model.lora_alpha)
         for part, chosen in targets.items()
     }
-
-
-class Output(NamedTuple):
-    """What becomes of clean latents, microbatch by microbatch, while others are drawn.
-
-    Attributes:
-        decode: latents → images; called in the lane that drew them.
-        take: called with the images in their order, in the caller's thread.
-    """
-
-    decode: Callable[[jax.Array], Any]
-    take: Callable[[Any], None]
-
-
-def _take(
-    lanes: Lanes, of: Callable[[slice], tuple[Any, Any]], each: list[slice], output: Output | None
-) -> list[Any]:
-    """Draw the microbatches, each with its images; returns what was drawn."""
-    parts = []
-    for drawn, images in lanes.run([partial(of, rows) for rows in each]):
-        parts.append(drawn)
-        if output is not None:
-            output.take(images)
-    return parts
-
-
-def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Trajectory]:
-    """Compile the sampler of one microbatch, and run it over all images of an iteration.
-
-    Returns:
-        (trained, frozen, schedule, initial noise, keys, conditioning, output=…) → the
-        trajectories; `output` is given each microbatch's clean latents as soon as they are on their
-        way (see `Output`).
-    """
-    reduction = config.grpo.log_prob_reduction
-    storage = DTYPES[config.rollout.storage_dtype]
-    lanes = Lanes()
-
-    @jax.jit
-    def chunk(
-        trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
-    ) -> Trajectory:
-        drawn = sample(
-            policy.denoiser(trained, frozen),
-            policy.noise(trained, schedule),
-            noise,
-            keys,
-            conditioning,
-            reduction=reduction,
-            storage_dtype=storage,
-        )
-        return drawn._replace(
-            latents=by_rows(drawn.latents, 1), log_probs=by_rows(drawn.log_probs, 1)
-        )
-
-    def draw(
-        trained: Any,
-        frozen: Any,
-        schedule: Schedule,
-        noise: Any,
-        keys: Any,
-        conditioning: Any,
-        *,
-        output: Output | None = None,
-    ) -> Trajectory:
-        def of(rows: slice) -> tuple[Trajectory, Any]:
-            part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
-            with resident():
-                drawn = chunk(trained, frozen, schedule, *part)
-            return drawn, None if output is None else output.decode(drawn.final)
-
-        parts = _take(lanes, of, chunks(len(noise), config.rollout.microbatch), output)
-        return Trajectory(
-            join_rows([p.latents for p in parts], 1),
-            parts[0].timesteps,
-            join_rows([p.log_probs for p in parts], 1),
-        )
-
-    return draw
-
-
-def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., jax.Array]:
-    """Compile the sampler that keeps the clean latents alone; called as `make_rollout`'s."""
-    draw, lanes = make_sampler(policy), Lanes()
-
-    def final(
-        trained: Any,
-        frozen: Any,
-        schedule: Schedule,
-        noise: Any,
-        keys: Any,
-        conditioning: Any,
-        *,
-        output: Output | None = None,
-    ) -> jax.Array:
-        def of(rows: slice) -> tuple[jax.Array, Any]:
-            part = (take_rows(noise, rows), take_rows(keys, rows), _part(conditioning, rows))
-            with resident():
-                drawn = draw(trained, frozen, schedule, *part)
-            return drawn, None if output is None else output.decode(drawn)
-
-        return join_rows(_take(lanes, of, chunks(len(noise), config.rollout.microbatch), output))
-
-    return final
-
-
-def make_policy_steps(
-    policy: TrainablePolicy, *, size: int, reduction: Reduction, means: bool
-) -> Callable[..., PolicySteps]:
-    """Compile what a policy says of recorded steps, `size` images at a time.
-
-    Returns:
-        (trained, frozen, schedule, batch, active steps) → its steps.
-    """
-
-    @jax.jit
-    def chunk(
-        trained: Any, frozen: Any, schedule: Schedule, batch: UpdateBatch, active: Any
-    ) -> PolicySteps:
-        return policy_steps(
-            policy.denoiser(trained, frozen),
-            schedule,
-            batch.trajectory.latents,
-            batch.conditioning,
-            active,
-            reduction=reduction,
-            means=means,
-        )
-
-    def steps(
-        trained: Any, frozen: Any, schedule: Schedule, batch: UpdateBatch, active: Any
-    ) -> PolicySteps:
-        parts = [
-            chunk(trained, frozen, schedule, batch.take(rows), active)
-            for rows in chunks(len(batch.advantages), size)
-        ]
-        return jax.tree.map(lambda *leaves: join_rows(leaves, 1), *parts)
-
-    return steps
-
-
-def chunks(count: int, size: int) -> list[slice]:
-    """Return the rows of `count` images, `size` at a time."""
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _part(conditioning: tuple[Any, Any], rows: Any) -> tuple[Any, Any]:
-    """Return the conditioning of some of the images, which are divided over the devices."""
-    return jax.tree.map(lambda x: take_rows(x, rows), conditioning[0]), conditioning[1]
-
-
-def decoded_and_scored(
-    decode: Any,
-    images: list[Any],
-    scoring: Scoring | DividedScoring,
-    check: Callable[[], None] = do_nothing,
-) -> Output:
-    """Have what is drawn decoded, added to `images`, and handed to the rewards.
-
-    Args:
-        decode: latents → images.
-        images: gets them, chunk by chunk.
-        scoring: of the rewards.
-        check: called with each chunk, and with no more than two of them under way, so that what it
-            raises comes soon.
-    """
-
-    def take(chunk: Any) -> None:
-        if len(images) > 1:
-            jax.block_until_ready(images[-2])
-        check()
-        images.append(chunk)
-        scoring.add(own_rows(chunk))
-
-    return Output(decode, take)
-
-
-def decode_chunks(decode: Any, latents: jax.Array, size: int) -> jax.Array:
-    """Decode `size` images at a time."""
-    return jnp.concatenate([decode(latents[i : i + size]) for i in range(0, len(latents), size)])

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.loss import CompiledLoss, Pulls, Shares
 from diffusion_grpo.mesh import to_host
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.steps import StepPlan
 from diffusion_grpo.trajectories import UpdateBatch
-from diffusion_grpo.update import CompiledLoss, Pulls, Shares
 
 
 def measure_drift(

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from diffusion_grpo.config import Config
 from diffusion_grpo.learning import GRPOLearner
+from diffusion_grpo.loss import Pulls, Shares
 from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.pretrained import DTYPES
 from diffusion_grpo.rollout import Trajectory
 from diffusion_grpo.trajectories import PolicySteps, UpdateBatch
-from diffusion_grpo.update import Pulls, Shares
 
 
 def noise_steps(config: Config) -> int | None:

@@ -146,6 +146,27 @@ def initial_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
+def fold_each(keys: Key[Array, " B"], number: Int[Array, ""] | int) -> Key[Array, " B"]:
+    """Return fold_in(key, number) of every image's key, such as for the noise of one step."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
+def step_noise(
+    keys: Key[Array, " B"], i: Int[Array, ""] | int, shape: tuple[int, ...]
+) -> Float[Array, " B *latent"]:
+    """Draw z ~ N(0, I), the noise of step i, from fold_in(key, i) of every image.
+
+    Args:
+        keys: [B], of the steps' noise.
+        i: the step's index.
+        shape: of one latent, (h, w, c).
+
+    Returns:
+        float32 [B, h, w, c].
+    """
+    return initial_noise(fold_each(keys, i), shape)
+
+
 def denoising_step(
     denoiser: Denoiser,
     schedule: Schedule,
@@ -196,8 +217,7 @@ def _draw(
 ) -> tuple[Array, Array, Array]:
     """Take one step: (x_s in the dtype of x_t, μ, σ)."""
     mean, std = denoising_step(denoiser, schedule, i, x_t, conditioning)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(noise_keys, i)
-    noise = initial_noise(keys, x_t.shape[1:])
+    noise = step_noise(noise_keys, i, x_t.shape[1:])
     return _store(mean + std * noise, x_t.dtype), mean, std
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.rollout import Denoiser, initial_noise
+from diffusion_grpo.rollout import Denoiser, step_noise
 from diffusion_grpo.sampling import check_sampler
 from diffusion_grpo.schedule import epsilon_x0, make_schedule
 from diffusion_grpo.scheduler_config import (
@@ -173,8 +173,7 @@ def solve(
         )
         if solver.clip is not None:
             x0 = jnp.clip(x0, -solver.clip, solver.clip)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(noise_keys, i)
-        noise = initial_noise(keys, x.shape[1:])
+        noise = step_noise(noise_keys, i, x.shape[1:])
         following = (
             solver.keep[i] * x
             + solver.to_x0[i] * x0

@@ -86,7 +86,7 @@ class PromptsConfig(Section):
     """Prompt list for evaluation, never trained on; None takes heldout_share of the training list,
     and so does replacing the training list of a preset or file without giving this one."""
     heldout_share: float = 0.0
-    """Share of the training list to hold out if heldout is None; 0 evaluates on what is trained."""
+    """Share of the training list held out if heldout is None; 0 evaluates on training prompts."""
 
     def __post_init__(self) -> None:
         """Reject empty names."""
@@ -224,7 +224,7 @@ class EvalConfig(Section):
     keep_best: bool = True
     """Keep the model with the best held-out mean under best/: gold if there is one, else total."""
     patience: int = 0
-    """Stop after so many evaluations in a row in which gold fell and the reward rose; 0 never."""
+    """Stop after this many evaluations in a row with gold falling and reward rising; 0 never."""
 
     def __post_init__(self) -> None:
         """Reject values that no evaluation can use."""
@@ -266,7 +266,7 @@ class RunConfig(Section):
     output: Annotated[str, tyro.conf.arg(aliases=["--output"])] = "runs/grpo"
     """Directory of the run; it must not hold another one."""
     iterations: Annotated[int, tyro.conf.arg(aliases=["--iterations"])] = 100
-    """Iterations: a rollout and its updates each."""
+    """Iterations, each a rollout and its updates."""
     seed: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 0
     """Seed of every random draw of training."""
     save_every: int = 0

@@ -288,9 +288,7 @@ def as_entries(tensors: Mapping[str, np.ndarray]) -> dict[str, Entry]:
     }
 
 
-def write_file(
-    entries: Mapping[str, Entry], file: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_file(entries: Mapping[str, Entry], file: Path) -> None:
     """Write one safetensors file, holding one tensor at a time.
 
     The format: the header's length as a little-endian 64-bit number, the header (JSON, padded with
@@ -299,12 +297,11 @@ def write_file(
     Args:
         entries: name → entry.
         file: where.
-        metadata: text for the header; `{"format": "pt"}` unless given, as Transformers demands.
     """
     codes = {np.dtype(dtype): code for code, dtype in _CODES.items()}
     # Every tensor must start at a multiple of its item size; else by name, as the library has it.
     ordered = dict(sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as Transformers demands
     offset = 0
     for name, entry in ordered.items():
         span = [offset, offset + entry.nbytes]

@@ -1,8 +1,9 @@
 """The run: prompts → encode → rollout → decode → reward → advantages → update, and again.
 
-`train` reads top to bottom like that line. Everything it calls is pure functions over arrays, or
-prepared once before the loop; only this module, `preparation.py`, `run_output.py`, `results.py` and
-`cli.py` know of files, progress and loggers. Of several processes each runs all of it.
+`train` reads top to bottom like that line. Nearly all that it calls is pure functions over arrays,
+or prepared once before the loop. What the run writes goes through `checkpoint.py`, `run_output.py`
+and `results.py`; no function of the algorithm knows of files, progress or trackers. With several
+processes, each of them runs all of it.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from diffusion_grpo.mesh import (
     use,
 )
 from diffusion_grpo.metrics import MetricsLog
+from diffusion_grpo.microbatches import decoded_and_scored
 from diffusion_grpo.pipeline import TrainablePolicy, latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
     check_alike,
     check_directory,
     check_prompts,
-    decoded_and_scored,
     load_model,
     lora_options,
     open_directory,
@@ -355,7 +356,8 @@ def make_policy_and_learner(
 
     Args:
         config: the run's.
-        model: the pipeline; its networks that are the policy's get the policy's arrays.
+        model: the pipeline. Those of its networks that the policy consists of are made to hold the
+            policy's arrays, as they were laid out on the devices.
     """
     options, rollout = config.grpo, config.rollout
     policy = make_policy(
@@ -397,9 +399,15 @@ def lay_out(
 ) -> tuple[np.ndarray, list[str], list[dict[str, Any]], np.ndarray]:
     """Repeat each prompt G times, group by group.
 
-    Returns prompt indices, texts, metadata and image indices, `[P·G]` each.
+    A prompt that stands in the batch twice makes two groups, whose image indices (and so their
+    noise) differ.
 
-    A prompt that stands in the batch twice is two groups with different noise.
+    Args:
+        batch: P prompts, each with its place in the prompt list.
+        images_per_prompt: G.
+
+    Returns:
+        Prompt indices, texts, metadata and image indices, `[P·G]` each.
     """
     index, texts, metadata, group = [], [], [], []
     seen: dict[int, int] = {}

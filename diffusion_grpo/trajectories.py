@@ -11,13 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from diffusion_grpo.gaussian import Reduction, gaussian_kl, gaussian_log_prob
-from diffusion_grpo.grpo import kl_estimate
+from diffusion_grpo.grpo import Estimator, kl_estimate
 from diffusion_grpo.mesh import take_rows
 from diffusion_grpo.rollout import Denoiser, Trajectory, denoising_step
 from diffusion_grpo.schedule import Schedule, flow_step_sizes
 
 KL = Literal["exact", "k1", "k2", "k3", "flow_grpo"]
-ESTIMATORS = ("k1", "k2", "k3")
+# Those that read the summed log-ratio; the others compare the means of single steps.
+ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
+
+
+def latent_elements(latents: Float[Array, "..."]) -> int:
+    """Return D, the elements of a latent, of a trajectory's latents `[T+1, B, h, w, c]`."""
+    return math.prod(latents.shape[2:])
 
 
 def averaged_elements(reduction: Reduction, latents: Float[Array, "..."]) -> int:
@@ -27,7 +33,7 @@ def averaged_elements(reduction: Reduction, latents: Float[Array, "..."]) -> int
         reduction: of the log-prob over the latent.
         latents: of a trajectory, `[T+1, B, h, w, c]`.
     """
-    return math.prod(latents.shape[2:]) if reduction == "mean" else 1
+    return latent_elements(latents) if reduction == "mean" else 1
 
 
 class PolicySteps(NamedTuple):
@@ -214,6 +220,5 @@ def trajectory_kl(
 
     total, _ = jax.lax.scan(step, jnp.zeros(latents.shape[1], jnp.float32), active)
     if kind in ESTIMATORS:
-        estimator: Any = kind
-        return kl_estimate(total, estimator, elements=averaged_elements(reduction, latents))
+        return kl_estimate(total, kind, elements=averaged_elements(reduction, latents))
     return total / jnp.float32(active.shape[0]) if kind == "flow_grpo" else total

@@ -23,19 +23,19 @@ from diffusion_grpo.flops import count_flops
 from diffusion_grpo.learner import Rollout, image_advantages, kl_penalty
 from diffusion_grpo.learning import GRPOLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
+from diffusion_grpo.microbatches import (
+    Output,
+    decode_chunks,
+    decoded_and_scored,
+    make_final_rollout,
+)
 from diffusion_grpo.pipeline import (
     TrainablePolicy,
     latent_shape,
     make_decoder,
     make_policy,
 )
-from diffusion_grpo.preparation import (
-    Output,
-    decode_chunks,
-    decoded_and_scored,
-    lora_options,
-    make_final_rollout,
-)
+from diffusion_grpo.preparation import lora_options
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.programs import noise_steps, update_arguments
 from diffusion_grpo.prompts import load_prompts

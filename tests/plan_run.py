@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import diffusion_grpo.mesh as mesh
 from diffusion_grpo.conditioning import conditioning_shapes
 from diffusion_grpo.config import Config
-from diffusion_grpo.preparation import load_model, make_rollout
+from diffusion_grpo.microbatches import make_rollout
+from diffusion_grpo.preparation import load_model
 from diffusion_grpo.programs import update_arguments
 from diffusion_grpo.train import make_policy_and_learner
 

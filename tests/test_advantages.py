@@ -9,6 +9,7 @@ import pytest
 from diffusion_grpo.advantages import (
     RewardHistory,
     best_and_worst,
+    clip_advantages,
     discounts,
     group_advantages,
     running_advantages,
@@ -73,7 +74,7 @@ def test_advantages_are_clipped():
     rewards = jnp.asarray([0.0] * 15 + [1.0], jnp.float32)
     free = group_advantages(rewards, 16)
     assert float(free.max()) == pytest.approx(np.sqrt(15), rel=1e-5)
-    assert float(group_advantages(rewards, 16, clip=2.0).max()) == 2.0
+    assert float(clip_advantages(free, 2.0, "group").max()) == 2.0
 
 
 @pytest.mark.parametrize(("count", "size", "named"), [(6, 1, "2 or more"), (6, 4, "do not divide")])

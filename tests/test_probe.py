@@ -6,8 +6,8 @@ import pytest
 from tiny_policy import PARAMS, SCHEDULE, B, T, batch_for, plan_for, policy
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.loss import LossConfig, compile_loss
 from diffusion_grpo.probe import check_drift, measure_drift
-from diffusion_grpo.update import LossConfig, compile_loss
 
 
 @pytest.mark.parametrize("ratio", ["trajectory", "step"])

@@ -27,12 +27,13 @@ from tiny_policy import (
 )
 from whole_loss import whole_loss
 
+from diffusion_grpo.loss import LossConfig, Shares, compile_loss
 from diffusion_grpo.optim import TrainState, make_update
 from diffusion_grpo.rollout import Trajectory
 from diffusion_grpo.schedule import make_schedule, step_distribution
 from diffusion_grpo.steps import plan_steps
 from diffusion_grpo.trajectories import UpdateBatch, policy_steps, trajectory_kl
-from diffusion_grpo.update import LossConfig, Shares, compile_loss, make_gradient
+from diffusion_grpo.update import make_gradient
 
 
 @functools.cache

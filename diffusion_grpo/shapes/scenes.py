@@ -336,8 +336,6 @@ def sample_scenes(
     return concatenate(parts).take(slice(n)) if parts else _draw(rng, 0, task_ids, split)
 
 
-def scene_batch(
-    seed: int, step: int, n: int, *, split: Split = "train", tasks: Sequence[str] | None = None
-) -> Scenes:
+def scene_batch(seed: int, step: int, n: int) -> Scenes:
     """Draw the batch of a training step, a function of `(seed, step)` alone (for resuming)."""
-    return sample_scenes(np.random.default_rng([seed, step]), n, split=split, tasks=tasks)
+    return sample_scenes(np.random.default_rng([seed, step]), n, split="train")
