@@ -25,6 +25,7 @@ from diffusion_grpo.lora_files import FILE
 from diffusion_grpo.model_card import model_card
 from diffusion_grpo.pipeline import make_policy
 from diffusion_grpo.preparation import load_model, lora_options
+from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.results import export as export_final
 from diffusion_grpo.sampling import SamplingDefaults
 from diffusion_grpo.train import train
@@ -128,6 +129,25 @@ def test_the_card_has_results_and_configuration(finished, checkpoint, tmp_path):
         written = body.split("```yaml\n")[1].split("```")[0]
         assert yaml.safe_load(written) == yaml.safe_load((finished / "config.yaml").read_text())
         assert loading in body
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_the_card_clips_no_more_than_the_run_did(pipeline, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    changes = {
+        "scheduler/scheduler_config.json": {"clip_sample": True},
+        "model_index.json": {"_class_name": pipeline},
+    }
+    for name, changed in changes.items():
+        file = run / "final" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    trained = StableDiffusion.from_pretrained(run / "final").scheduler_config.clip_sample
+    if pipeline == "StableDiffusionPipeline":  # which takes the clipping back as it is built
+        with pytest.warns(FutureWarning, match="clip_sample"):
+            loaded = StableDiffusionPipeline.from_pretrained(run / "final")
+        assert loaded.scheduler.config.clip_sample is trained is False
+    export(run, tmp_path / "lora", "--format", "lora")
+    assert f"clip_sample={trained}\n" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_path):
