@@ -397,10 +397,12 @@ def _drop_inherited(base: Config, config: Config, fields: set[tuple[str, str]]) 
     ):
         embedded = embedded_checkpoints()
         inherited = [o for o in inherited if o.partition("=")[2] not in embedded]
+    in_use = _options_of(rewards, given)
+    own = [o for o in given if o in in_use or o not in base.reward.options]
     prompts = config.prompts
     if prompts.train != base.prompts.train and ("prompts", "heldout") not in fields:
         prompts = dataclasses.replace(prompts, heldout=None)
-    reward = dataclasses.replace(config.reward, options=(*inherited, *given))
+    reward = dataclasses.replace(config.reward, options=(*inherited, *own))
     return dataclasses.replace(config, reward=reward, prompts=prompts)
 
 

@@ -85,6 +85,9 @@ def test_options_that_are_given_anew_stay_though_they_are_the_preset_s():
     both = load_config("demo").reward.options
     other = ["--model", "a/sd", "--prompts", "animals", "--reward.options", *both]
     assert load_config("demo", other).reward.options == both
+    # All of the preset's with another reward: those of the one that is not in use go with it.
+    other = load_config("demo", ["--reward", "jpeg_size", "--reward.options", *both])
+    assert other.reward.options == both[1:]
     file = {"reward": {"rewards": ["my/clip.py"], "options": [clip]}}
     assert from_dict(file, base=load_config("sd15")).reward.options == (clip,)
 
