@@ -17,7 +17,7 @@ from diffusion_grpo.learning_sections import GRPOOptions, NFTOptions, OptimConfi
 from diffusion_grpo.refusals import refusals
 from diffusion_grpo.resources import embedded_checkpoints
 from diffusion_grpo.reward_failure import parse_failure_policies
-from diffusion_grpo.reward_specs import RewardSpec, parse_reward_specs
+from diffusion_grpo.reward_specs import RewardSpec, names_of_same, parse_reward_specs
 from diffusion_grpo.sections import (
     SHORT_FLAGS,
     EvalConfig,
@@ -119,9 +119,12 @@ class Config:
 def _options_of(rewards: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
     """Return those `NAME.OPTION=VALUE` whose NAME is one of the rewards."""
     names = {spec.name for spec in parse_reward_specs(rewards)}
-    return tuple(
-        option for option in options if option.partition("=")[0].rpartition(".")[0] in names
-    )
+    return tuple(option for option in options if _owner(option) in names)
+
+
+def _owner(option: str) -> str:
+    """Return the NAME of `NAME.OPTION=VALUE`."""
+    return option.partition("=")[0].rpartition(".")[0].strip()
 
 
 def demo() -> Config:
@@ -301,8 +304,8 @@ def from_dict(
     config = dataclasses.replace(base, **sections)
     if whole and "options" in values.get("reward", {}):
         base = dataclasses.replace(base, reward=dataclasses.replace(base.reward, options=()))
-    given = "heldout" in values.get("prompts", {})
-    return _drop_inherited(base, config, heldout_given=given)
+    given = {(name, field) for name, fields in values.items() for field in fields}
+    return _drop_inherited(base, config, given)
 
 
 def to_yaml(config: Config) -> str:
@@ -363,11 +366,12 @@ def _parse_flags(config: Config, flags: Sequence[str], prog: str) -> Config:
             prog=prog,
             config=(tyro.conf.FlagConversionOff,),
         )
-    given = any(f.partition("=")[0].replace("_", "-") == "--prompts.heldout" for f in flags)
-    return _drop_inherited(config, parsed, heldout_given=given)
+    names = [flag.partition("=")[0][2:] for flag in flags if flag.startswith("--")]
+    places = [name.replace("-", "_").partition(".") for name in names]
+    return _drop_inherited(config, parsed, {(section, field) for section, _, field in places})
 
 
-def _drop_inherited(base: Config, config: Config, *, heldout_given: bool) -> Config:
+def _drop_inherited(base: Config, config: Config, fields: set[tuple[str, str]]) -> Config:
     """Keep of the base's options what is not given anew, and leave out what has lost its owner.
 
     Options of rewards are laid over the base's one by one: `clip.scale=logit` leaves `clip.model`
@@ -375,16 +379,18 @@ def _drop_inherited(base: Config, config: Config, *, heldout_given: bool) -> Con
     elsewhere: `my/clip.py` has those of no built-in `clip`. The held-out list goes with the
     training list: it is held out from that one. An embedded checkpoint goes with the embedded
     world: it is no judge of other prompts that another model draws.
+
+    Args:
+        base: what the configuration was laid over.
+        config: the outcome.
+        fields: sections and fields that were given anew, be it with the base's value.
     """
     rewards = (*config.reward.rewards, *config.eval.gold)
-    given = config.reward.options
-    if given == base.reward.options:  # as they are where no flag or file has any
-        given = ()
+    given = config.reward.options if ("reward", "options") in fields else ()
     named = {option.partition("=")[0].strip() for option in given}
     inherited = [o for o in base.reward.options if o.partition("=")[0].strip() not in named]
-    same = {spec.spec for spec in parse_reward_specs((*base.reward.rewards, *base.eval.gold))}
-    kept = [r for r in rewards if {spec.spec for spec in parse_reward_specs([r])} <= same]
-    inherited = [o for o in _options_of(kept, inherited) if o not in given] if kept else []
+    kept = names_of_same(rewards, (*base.reward.rewards, *base.eval.gold))
+    inherited = [o for o in inherited if _owner(o) in kept]
     if (
         config.model.pretrained != base.model.pretrained
         and config.prompts.train != base.prompts.train
@@ -393,11 +399,10 @@ def _drop_inherited(base: Config, config: Config, *, heldout_given: bool) -> Con
         inherited = [o for o in inherited if o.partition("=")[2] not in embedded]
     in_use = _options_of(rewards, given)
     own = [o for o in given if o in in_use or o not in base.reward.options]
-    options = (*inherited, *own)
     prompts = config.prompts
-    if prompts.train != base.prompts.train and not heldout_given:
+    if prompts.train != base.prompts.train and ("prompts", "heldout") not in fields:
         prompts = dataclasses.replace(prompts, heldout=None)
-    reward = dataclasses.replace(config.reward, options=options)
+    reward = dataclasses.replace(config.reward, options=(*inherited, *own))
     return dataclasses.replace(config, reward=reward, prompts=prompts)
 
 

@@ -287,13 +287,7 @@ def _settings(file: Path) -> dict[str, dict[str, Any]]:
     beside = file.parent / "adapter_config.json"
     if file.name == PEFT_FILE and beside.is_file():
         found = read_json(beside)
-        begun = str(found.get("init_lora_weights")).lower()
-        if begun.startswith(_SUBTRACTED):
-            raise UsageError(
-                f"{beside}: init_lora_weights is {begun!r}, an adapter to a base of which its "
-                "first product was taken out; expected one to the checkpoint as it is: write it "
-                "anew by PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
-            )
+        _check_base(found, beside)
         return dict.fromkeys(PARTS, found)
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -305,7 +299,24 @@ def _settings(file: Path) -> dict[str, dict[str, Any]]:
             settings[part][name] = value
         else:
             settings["unet"][key] = value
+    for found in settings.values():
+        _check_base(found, file)
     return settings
+
+
+def _check_base(settings: Mapping[str, Any], file: Path) -> None:
+    """Check that an adapter is one to the checkpoint as it is.
+
+    Raises:
+        UsageError: training began with a product that was taken out of the base.
+    """
+    begun = str(settings.get("init_lora_weights")).lower()
+    if begun.startswith(_SUBTRACTED):
+        raise UsageError(
+            f"{file}: init_lora_weights is {begun!r}, an adapter to a base of which its "
+            "first product was taken out; expected one to the checkpoint as it is: write it "
+            "anew by PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def _scale(settings: Mapping[str, Any], part: str, path: str, rank: int) -> float:

@@ -28,7 +28,7 @@ REPORT_SECONDS = 60.0  # the least time between two reports
 # What `best.json` says where neither best/ nor final/ is the best model.
 UNTRAINED = "the untrained model"
 NOT_KEPT = "not kept (eval.keep_best is False)"
-LOST = "not kept (the run ended there, and was made longer)"
+LOST = "not kept (the run ended with a better one, and was made longer)"
 
 
 class Recorder:

@@ -165,7 +165,7 @@ def _spread(values: np.ndarray, group_size: int) -> str:
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import types
 import typing
@@ -148,6 +149,26 @@ def split_spec(spec: str) -> tuple[Literal["file", "module", "name", "server"], 
             )
         return "module", place, name
     return "name", spec, ""
+
+
+def names_of_same(rewards: Sequence[str], others: Sequence[str]) -> set[str]:
+    """Return the short names of the rewards that are found where one of the others is.
+
+    `my/clip.py` is another reward than the built-in `clip`, though its name is the same.
+
+    Args:
+        rewards: `REWARD[=WEIGHT]` each.
+        others: likewise.
+    """
+
+    def place(spec: str) -> tuple[str, ...]:
+        kind, path, name = split_spec(spec)
+        path = os.path.abspath(os.path.expanduser(path)) if kind == "file" else path
+        return kind, path, name
+
+    known = {place(split_weight(text)[0]) for text in others}
+    specs = [split_weight(text)[0] for text in rewards]
+    return {short_name(spec) for spec in specs if place(spec) in known}
 
 
 def short_name(spec: str) -> str:

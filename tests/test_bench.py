@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_grpo.bench import describe, table
 from diffusion_grpo.cli import main
+from diffusion_grpo.commands.bench import BenchOptions, bench_config
 from diffusion_grpo.config import load_config
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.flops import count_flops
@@ -79,6 +80,21 @@ def test_bench_measures_the_phases_with_random_weights(tiny_sd15, tmp_path, caps
     assert record["mfu"]["update"] > 0 and record["memory"]["update_temporary"] > 0
     shown = capsys.readouterr().out
     assert "policy steps/s" in shown and shown.strip().endswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        ({"steps": 1}, "uniform"),
+        ({"window": 1}, "uniform"),
+        ({"window": 2}, "gain"),
+        ({"window": 0}, "gain"),
+        ({}, "gain"),
+    ],
+)
+def test_a_single_step_can_be_measured(words, weights):
+    config = bench_config(BenchOptions("sd15", **words), random=True)
+    assert config.grpo.step_weights == weights
 
 
 @pytest.mark.parametrize(("here", "said"), [(8, ", 1 of 8 devices used, "), (1, "), float32")])

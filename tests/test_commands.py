@@ -422,11 +422,16 @@ def test_a_run_is_scored_with_its_own_options_of_a_reward(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     options = ("clip.model=mine", "clip.prompt_prefix=a photo of ", "shapes.partial_credit=false")
-    (run / "config.yaml").write_text(yaml.safe_dump({"reward": {"options": list(options)}}))
+    reward = {"rewards": ["clip=1.0"], "options": list(options)}
+    config = {"reward": reward, "eval": {"gold": ["shapes"]}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     words = [str(tmp_path / "no_run"), f"{run}@base"]
     assert reward_options(words, ["clip=0.5"], []) == options[:2]
     assert reward_options(words, ["jpeg_size"], []) == ()
     assert reward_options(words, ["clip"], ["clip.model=other"]) == ("clip.model=other", options[1])
+    assert reward_options(words, ["shapes"], []) == options[2:]
+    # The user's own file is not the built-in reward of its name.
+    assert reward_options(words, ["my/clip.py"], []) == ()
 
 
 def test_a_run_without_a_model_says_how_to_get_one(tmp_path):

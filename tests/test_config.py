@@ -78,6 +78,28 @@ def test_reward_options_are_not_inherited_by_what_they_do_not_suit():
     assert shapes in given.reward.options
 
 
+def test_options_that_are_given_anew_stay_though_they_are_the_preset_s():
+    (clip,) = load_config("sd15").reward.options
+    own = load_config("sd15", ["--reward", "my/clip.py", "--reward.options", clip])
+    assert own.reward.options == (clip,)
+    both = load_config("demo").reward.options
+    other = ["--model", "a/sd", "--prompts", "animals", "--reward.options", *both]
+    assert load_config("demo", other).reward.options == both
+    # All of the preset's with another reward: those of the one that is not in use go with it.
+    other = load_config("demo", ["--reward", "jpeg_size", "--reward.options", *both])
+    assert other.reward.options == both[1:]
+    file = {"reward": {"rewards": ["my/clip.py"], "options": [clip]}}
+    assert from_dict(file, base=load_config("sd15")).reward.options == (clip,)
+
+
+def test_a_file_is_the_same_reward_however_its_path_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = load_config(None, ["--reward", "my/r.py:f", "--reward.options", "f.scale=3"])
+    for path, kept in (("./my/r.py:f=2", 1), (f"{tmp_path}/my/r.py:f", 1), ("r.py:f", 0)):
+        found = from_dict({"reward": {"rewards": [path]}}, base=base)
+        assert found.reward.options == ("f.scale=3",) * kept
+
+
 def test_flags_are_laid_over_a_preset():
     flags = ["--grpo.clip-low", "1e-3", "--eval.gold", "jpeg_size", "my.py:f=2"]
     flags += ["--rollout.same_initial_noise", "True", "--prompts.heldout=None"]

@@ -25,6 +25,7 @@ from diffusion_grpo.lora_files import FILE
 from diffusion_grpo.model_card import model_card
 from diffusion_grpo.pipeline import make_policy
 from diffusion_grpo.preparation import load_model, lora_options
+from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.results import export as export_final
 from diffusion_grpo.sampling import SamplingDefaults
 from diffusion_grpo.train import train
@@ -130,6 +131,25 @@ def test_the_card_has_results_and_configuration(finished, checkpoint, tmp_path):
         assert loading in body
 
 
+@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_the_card_clips_no_more_than_the_run_did(pipeline, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    changes = {
+        "scheduler/scheduler_config.json": {"clip_sample": True},
+        "model_index.json": {"_class_name": pipeline},
+    }
+    for name, changed in changes.items():
+        file = run / "final" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    trained = StableDiffusion.from_pretrained(run / "final").scheduler_config.clip_sample
+    if pipeline == "StableDiffusionPipeline":  # which takes the clipping back as it is built
+        with pytest.warns(FutureWarning, match="clip_sample"):
+            loaded = StableDiffusionPipeline.from_pretrained(run / "final")
+        assert loaded.scheduler.config.clip_sample is trained is False
+    export(run, tmp_path / "lora", "--format", "lora")
+    assert f"clip_sample={trained}\n" in (tmp_path / "lora" / "README.md").read_text()
+
+
 def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_path):
     def card(**fields):
         values = {
@@ -190,7 +210,12 @@ def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_pa
 
 @pytest.mark.parametrize(
     ("heldout", "share", "which"),
-    [("list", 0.0, "held-out"), (None, 0.1, "held-out"), (None, 0.0, "training")],
+    [
+        ("list", 0.0, "held-out"),
+        (None, 0.1, "held-out"),
+        (None, 0.0, "training"),
+        ("list", None, "held-out"),  # of a run that began before there was a share
+    ],
 )
 def test_the_card_says_which_prompts_the_results_are_on(heldout, share, which, tmp_path):
     values = {
@@ -200,6 +225,8 @@ def test_the_card_says_which_prompts_the_results_are_on(heldout, share, which, t
         "grpo": {"algorithm": "grpo"},
         "reward": {"rewards": ["clip"]},
     }
+    if share is None:
+        del values["prompts"]["heldout_share"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     row = {"before": 0.25, "after": 0.5, "difference": 0.25}
     errors = {"before": 0.125, "after": 0.0625, "difference": None}  # None: of a single prompt

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from flax import nnx
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -183,6 +184,22 @@ def test_an_adapter_to_a_base_that_was_changed_is_refused(begun, factors, model,
         read_lora(tmp_path, model)
     (tmp_path / "adapter_config.json").write_text('{"init_lora_weights": true, "lora_alpha": 3}')
     assert read_lora(tmp_path, model)["unet"].keys() == factors.keys()
+
+
+def test_such_an_adapter_is_refused_by_what_diffusers_writes_of_it_too(factors, model, tmp_path):
+    tensors = {
+        f"{path}.lora_{name}.weight": torch.zeros(factor.shape[::-1])
+        for path, (a, b, _) in factors.items()
+        for name, factor in (("A", a), ("B", b))
+        if ".attn" in path
+    }
+    for begun in ("gaussian", "pissa"):
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            tmp_path / begun, tensors, unet_lora_adapter_metadata={"init_lora_weights": begun}
+        )
+    assert len(read_lora(tmp_path / "gaussian", model)["unet"]) == len(tensors) / 2 > 4
+    with pytest.raises(UsageError, match="init_lora_weights is 'pissa'.*path_initial_model"):
+        read_lora(tmp_path / "pissa", model)
 
 
 def test_an_alpha_of_a_pattern_is_found_by_the_names_of_transformers_4_too():

@@ -91,13 +91,16 @@ def test_the_best_mean_is_said_to_be_over_the_prompts_that_were_drawn(tmp_path):
 
 def test_an_evaluation_that_was_not_finished_is_forgotten(tmp_path):
     with Recorder(config(tmp_path), tmp_path) as recorder:
-        for done, value in ((0, 0.1), (2, 0.9), (4, 0.5)):
+        for done, value in ((0, 0.1), (2, 0.5), (4, 0.9)):
             recorder.evaluation(done, evaluation([value, value]))
+        (tmp_path / "best").mkdir()
+        assert "after 4 iterations: final/" in recorder.settle_best(4)
     with Recorder(config(tmp_path), tmp_path, start=4, evaluated=False) as recorder:
         iterations = [entry.iteration for entry in recorder.gallery.entries("evaluation")]
         assert iterations == [0, 2]
         recorder.evaluation(6, evaluation([0.2, 0.2]))
-        assert "after 2 iterations: not kept (the run ended there" in recorder.settle_best(6)
+        said = recorder.settle_best(6)
+        assert "after 2 iterations: not kept (the run ended with a better one, and was" in said
     with Recorder(config(tmp_path), tmp_path, start=0, evaluated=False) as recorder:
         assert [e.iteration for e in recorder.gallery.entries("evaluation")] == [0]
 

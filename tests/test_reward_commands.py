@@ -89,13 +89,14 @@ def test_scores_of_groups_say_what_varies_within_a_prompt(folder, capsys) -> Non
     )
 
 
-def test_scores_can_be_csv_and_prompts_can_name_their_images(folder) -> None:
+@pytest.mark.parametrize("name", ["scores.csv", "scores.CSV"])
+def test_scores_can_be_csv_and_prompts_can_name_their_images(folder, name) -> None:
     lines = [{"prompt": name, "image": f"elsewhere/{name}"} for name in ("d.jpg", "a.png", "x.png")]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     images = ["pictures/a.png", "pictures/d.jpg"]
     words = ["--reward", "bright.py", "--images", *images, "--prompts", "prompts.jsonl"]
-    assert main(["score", *words, "--output", "scores.csv"]) == 0
-    with open(folder / "scores.csv", newline="") as file:
+    assert main(["score", *words, "--output", name]) == 0
+    with open(folder / name, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["prompt"] for row in rows] == ["a.png", "d.jpg"]
     assert list(rows[0]) == ["image", "prompt", "bright", "total"]

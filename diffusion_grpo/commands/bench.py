@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -197,6 +198,10 @@ def bench_config(options: BenchOptions, *, random: bool) -> Any:
     for section, fields in changes.items():
         part = dataclasses.replace(getattr(config, section), **fields)
         config = dataclasses.replace(config, **{section: part})
+    if min(config.rollout.window_size or math.inf, config.rollout.num_steps) == 1:
+        # Of a single step no weight is smaller than another's, and 'gain' would leave it out.
+        grpo = dataclasses.replace(config.grpo, step_weights="uniform")
+        config = dataclasses.replace(config, grpo=grpo)
     config.validate()
     return config
 

@@ -136,12 +136,14 @@ def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None
         _copy_adapter(source, output / FILE, options.dtype)
     else:
         _write_model(place, output, whole=options.format == "diffusers", dtype=options.dtype)
-    schedule = read_json(place / "scheduler" / "scheduler_config.json")
+    fields = read_json(place / "scheduler" / "scheduler_config.json")
+    pipeline = str(read_json(place / "model_index.json").get("_class_name"))
+    schedule = SchedulerConfig.from_dict(fields, pipeline=pipeline)
     card = model_card(
         run,
         options.format,
         sampling,
-        clip_sample=SchedulerConfig.from_dict(schedule).clip_sample,
+        clip_sample=schedule.clip_sample,
         iteration=iteration,
     )
     (output / "README.md").write_text(card, encoding="utf-8")

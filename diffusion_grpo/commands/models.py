@@ -222,7 +222,8 @@ def reward_options(
 ) -> tuple[str, ...]:
     """Return the options of rewards: those given, and otherwise those of the first run.
 
-    A run's `clip` is then scored with the CLIP model that the run was trained on.
+    A run's `clip` is then scored with the CLIP model that the run was trained on. Another reward of
+    that name, such as `my/clip.py`, has none of its options.
 
     Args:
         words: models as given on the command line; runs among them.
@@ -232,14 +233,16 @@ def reward_options(
     Raises:
         UsageError: a reward is malformed, or a run's `config.yaml` is.
     """
-    from diffusion_grpo.reward_specs import parse_reward_specs
+    from diffusion_grpo.reward_specs import names_of_same
 
-    names = {spec.name for spec in parse_reward_specs(rewards)}
     taken = {option.partition("=")[0] for option in given}
     for found in map(run_model, words):
         if found is None:
             continue
-        options = found.config().get("reward", {}).get("options", ())
+        config = found.config()
+        section, gold = config.get("reward", {}), config.get("eval", {}).get("gold", ())
+        options = section.get("options", ())
+        names = names_of_same(rewards, (*section.get("rewards", ()), *gold))
         keys = [option.partition("=")[0] for option in options]
         own = [
             option
