@@ -107,7 +107,7 @@ def _results(run: Path, config: Mapping[str, Any]) -> str:
         return ""
     found = json.loads(file.read_text(encoding="utf-8"))
     lists = config["prompts"]
-    which = evaluated_on(lists.get("heldout"), lists.get("heldout_share", 0.0))
+    which = evaluated_on(lists["heldout"], lists["heldout_share"])
     rows: list[Sequence[str]] = [
         (
             f"`{name}`",

@@ -159,7 +159,7 @@ def _read_run(directory: Path, evaluations: Sequence[Entry]) -> dict[str, Any]:
     values = yaml.safe_load(text)
     rows = read_metrics(directory)
     lists = values["prompts"]
-    evaluated = evaluated_on(lists.get("heldout"), lists.get("heldout_share", 0.0))
+    evaluated = evaluated_on(lists["heldout"], lists["heldout_share"])
     gold = dict((evaluations[-1].summary or {}).get("gold", {})) if evaluations else {}
     told = run_warnings(rows, evaluations, gold, evaluated)
     stop = directory / EARLY_STOP_FILE

@@ -64,17 +64,6 @@ def opened(browser, run_dir, tmp_path):
     assert complaints == []
 
 
-def test_a_run_that_began_before_prompts_could_be_split_is_shown(run_dir, tmp_path):
-    shutil.copytree(run_dir, tmp_path / "old")
-    config = tmp_path / "old" / "config.yaml"
-    values = yaml.safe_load(config.read_text())
-    del values["prompts"]["heldout_share"]
-    for heldout, shown in (("list.txt", "held-out"), (None, "training")):
-        values["prompts"]["heldout"] = heldout
-        config.write_text(yaml.safe_dump(values))
-        assert report_data([tmp_path / "old"])["runs"][0]["evaluated"] == shown
-
-
 def test_page_stands_alone(run_dir):
     path = write_report(run_dir)
     page = path.read_text()
