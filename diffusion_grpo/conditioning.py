@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from diffusion_grpo.components import TextEncoder
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import by_rows, on_devices, replicated, shards
 from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.pretrained import TIME_IDS, StableDiffusion
@@ -62,8 +63,11 @@ def encode_prompts(
         The conditioning of the prompts, `[N, ...]`, and of the negative prompt, `[1, ...]`.
 
     Raises:
-        UsageError: an encoder has too few layers for `clip_skip`.
+        UsageError: one text in place of a list of them, or an encoder has too few layers for
+            `clip_skip`.
     """
+    if isinstance(texts, str):  # a sequence of its letters
+        raise UsageError(f"texts is {texts!r}; expected a list of texts")
     distinct = list(dict.fromkeys([negative_prompt, *texts]))
     place = {text: i for i, text in enumerate(distinct)}
     rows = np.array([place[text] for text in texts], int)

@@ -51,7 +51,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A training run."""
+    """A training run.
+
+    The defaults are one in the embedded world. `load_config` and `from_dict` leave out what goes
+    with a default that is replaced, as the held-out list goes with the training list; here every
+    field is taken as it is.
+    """
 
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()

@@ -1,5 +1,7 @@
 """Files of LoRA adapters: written as Diffusers and PEFT load them, read in every common naming.
 
+`of_kohya` renames what is written for the tools that read kohya's names alone.
+
 Read are files of PEFT and Diffusers (`unet.….lora_A.weight`), of Diffusers' training scripts
 (`lora.down`, a text encoder's `lora_linear_layer.down`), of older Diffusers
 (`processor.to_q_lora.down`, a text encoder's `self_attn.to_q_lora.down`) and of kohya's scripts
@@ -82,6 +84,35 @@ def write_lora(adapters: Adapters, file: Path, *, dtype: Any = np.float32) -> Pa
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(Tensors(entries).cast(dtype).entries, file)
     return file
+
+
+def of_kohya(tensors: Tensors, config: UNetConfig) -> Tensors:
+    """Return the adapters of a file by the names of kohya's scripts, which web interfaces load.
+
+    As there, SDXL's UNet has its layers' names in Stability AI's code, other UNets have Diffusers'.
+    α is the rank: α/r is in B.
+
+    Args:
+        tensors: of a file that `write_lora` wrote.
+        config: of the UNet that the adapters are for.
+    """
+    is_sdxl = config.addition_embed_type == "text_time"
+    first = "lora_te1" if is_sdxl else "lora_te"
+    prefixes = {"unet": "lora_unet", "text_encoder": first, "text_encoder_2": "lora_te2"}
+    entries: dict[str, Entry] = {}
+    for name, entry in tensors.entries.items():
+        part, _, rest = name.partition(".")
+        path, _, factor = rest.rpartition(".lora_")
+        if is_sdxl and part == "unet":
+            path = original_name(path, config)
+        layer = f"{prefixes[part]}_{path.replace('.', '_')}"
+        if factor == "A.weight":
+            entries[f"{layer}.lora_down.weight"] = entry
+            rank = np.asarray(entry.shape[0], np.float32)
+            entries[f"{layer}.alpha"] = Entry((), rank.dtype, lambda rank=rank: rank)
+        else:
+            entries[f"{layer}.lora_up.weight"] = entry
+    return Tensors(entries)
 
 
 def _entry(factor: Any, scale: float) -> Entry:

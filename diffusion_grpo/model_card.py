@@ -70,7 +70,8 @@ def model_card(
             settings[name] = repr(value)
     algorithm = {"grpo": "GRPO", "nft": "DiffusionNFT"}[config["grpo"]["algorithm"]]
     rewards = ", ".join(f"`{reward}`" for reward in config["reward"]["rewards"])
-    trained = {"lora": "a LoRA adapter of its UNet", "full": "its UNet in full"}
+    encoders = " and text encoders" if model.get("train_text_encoder") else ""
+    trained = {"lora": f"a LoRA adapter of its UNet{encoders}", "full": "its UNet in full"}
     front = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",

@@ -274,10 +274,22 @@ def generate(
 
     Returns:
         uint8 `[B, H, W, 3]`.
+
+    Raises:
+        UsageError: an argument is out of its range, or has not one entry a prompt.
     """
     policy = TrainablePolicy(model.unet, guidance_scale)
     solver = make_solver(model.scheduler_config, sampler, num_steps, eta=eta)
     count = len(prompts)
+    _check_counts(prompts, image_index=image_index, prompt_index=prompt_index)
+    channels = model.unet.config.in_channels
+    if latents is not None and (latents.ndim != 4 or latents.shape[::3] != (count, channels)):
+        raise UsageError(
+            f"latents have shape {latents.shape}; expected ({count}, h, w, {channels}): one a "
+            "prompt, channels last"
+        )
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; expected 1 or more")
     if latents is None:
         shape = latent_shape(model, height, width)
     else:
@@ -304,6 +316,16 @@ def generate(
         if on_images is not None:
             on_images(min(count, sum(map(len, images))))
     return np.concatenate(images)[:count]
+
+
+def _check_counts(prompts: Sequence[str], **numbers: Sequence[int] | None) -> None:
+    if isinstance(prompts, str) or not len(prompts):
+        raise UsageError(f"prompts is {prompts!r}; expected a list of texts, one an image")
+    for name, given in numbers.items():
+        if given is not None and len(given) != len(prompts):
+            raise UsageError(
+                f"{name} has {len(given)} entries for {len(prompts)} prompts; expected one each"
+            )
 
 
 def make_solved(policy: TrainablePolicy, *, previews: bool = False) -> Callable[..., Any]:

@@ -319,8 +319,9 @@ def _lookup(spec: str, module: types.ModuleType, name: str) -> Any:
     for part in name.split("."):
         if not hasattr(target, part):
             choices = _public_functions(module)
+            place = getattr(module, "__file__", None) or f"the module {module.__name__!r}"
             raise UsageError(
-                f"reward {spec!r}: {module.__file__} has no {name!r}{suggest(name, choices)}; "
+                f"reward {spec!r}: {place} has no {name!r}{suggest(name, choices)}; "
                 f"it defines: {', '.join(choices) or 'no public function'}"
             )
         target = getattr(target, part)

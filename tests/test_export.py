@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny_run import config
@@ -73,6 +74,23 @@ def test_the_adapter_alone_gives_the_trained_network(finished, checkpoint, train
     pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
     pipe.load_lora_weights(tmp_path / "lora")
     np.testing.assert_allclose(output_of(pipe.unet), trained[0], atol=1e-4)
+
+
+def test_the_adapter_by_kohya_s_names_is_as_diffusers_would_name_it(
+    finished, checkpoint, trained, tmp_path
+):
+    out = export(finished, tmp_path / "kohya", "--format", "kohya")
+    adapter = load_file(finished / "final" / "lora" / FILE)
+    theirs = convert_state_dict_to_kohya({k: torch.tensor(x) for k, x in adapter.items()})
+    found = load_file(out / FILE)
+    assert found.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(found[name], value.numpy())
+    assert {value.item() for name, value in found.items() if name.endswith("alpha")} == {8}
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipe.load_lora_weights(out)
+    np.testing.assert_allclose(output_of(pipe.unet), trained[0], atol=1e-4)
+    assert "pipe.load_lora_weights" in (out / "README.md").read_text()
 
 
 def test_the_merged_network_is_the_trained_one(finished, trained, tmp_path):
@@ -203,6 +221,8 @@ def test_the_card_names_the_base_and_the_settings_as_diffusers_takes_them(tmp_pa
     run(embedded)
     assert loaded[1] == (("PATH/TO/shapes-diffusion",), {})
     assert "base_model" not in yaml.safe_load(embedded.split("---\n")[1])
+    assert "a LoRA adapter of its UNet fine-tuned" in hub
+    assert "of its UNet and text encoders fine-tuned" in card(train_text_encoder=True)
     # a directory that is gone, or is named from elsewhere: its card is written all the same
     run(card(pretrained="../no/such/directory/here"))
     assert loaded[2] == (("../no/such/directory/here",), {})

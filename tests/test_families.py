@@ -67,6 +67,28 @@ def test_image_is_that_of_diffusers(name, pipelines):
     assert np.abs(theirs - expected(None)).max() > 5
 
 
+@pytest.mark.parametrize(
+    ("prompts", "arguments", "message"),
+    [
+        ("cat", {}, "prompts is 'cat'; expected a list of texts, one an image"),
+        ([], {}, r"prompts is \[\]; expected a list"),
+        (PROMPTS, {"image_index": [0]}, "image_index has 1 entries for 2 prompts"),
+        (PROMPTS, {"prompt_index": [0, 1, 2]}, "prompt_index has 3 entries for 2 prompts"),
+        # JAX takes the last row for those past it: all images would begin with one noise.
+        (PROMPTS, {"latents": jnp.zeros((1, 8, 8, 4))}, r"\(1, 8, 8, 4\); expected \(2, h, w, 4\)"),
+        (PROMPTS, {"latents": jnp.zeros((2, 4, 8, 8))}, r"\(2, 4, 8, 8\); .* channels last"),
+        (PROMPTS, {"batch_size": 0}, "batch_size is 0; expected 1 or more"),
+    ],
+)
+def test_what_has_not_one_entry_a_prompt_is_refused(prompts, arguments, message, pipelines):
+    model = StableDiffusion.from_pretrained(pipelines["sd15"])
+    with pytest.raises(UsageError, match=message):
+        generate(model, prompts, num_steps=1, **arguments)
+    if prompts == "cat":
+        with pytest.raises(UsageError, match="texts is 'cat'; expected a list of texts"):
+            encode_prompts(model, prompts)
+
+
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
 @pytest.mark.parametrize("skip", [0, 1])
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -84,8 +84,9 @@ def test_options_of_the_checkpoint_guide_are_ones_that_there_are(word, capsys):
     with pytest.raises(SystemExit):
         main([word, "--help"])
     known = capsys.readouterr().out
-    (line,) = commands("checkpoints.md", word)
-    for flag in re.findall(r"--[\w-]+", line):
+    lines = commands("checkpoints.md", word)
+    assert lines
+    for flag in re.findall(r"--[\w-]+", " ".join(lines)):
         assert flag in known
 
 

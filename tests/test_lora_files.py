@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_state_dict_to_kohya
 from flax import nnx
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -16,8 +17,9 @@ from torch_checkpoints import write_family
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lora import Factors, attach_lora, lora_factors
-from diffusion_grpo.lora_files import FILE, _scale, original_name, read_lora, write_lora
+from diffusion_grpo.lora_files import FILE, _scale, of_kohya, original_name, read_lora, write_lora
 from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.tensor_files import open_file, write_file
 
 TARGETS = ("to_q", r"to_out\.0", r"resnets\.\d+\.conv1", r"\w+samplers\.0\.conv", "proj_in")
 
@@ -143,6 +145,39 @@ def test_what_kohya_s_scripts_write_is_read(blocks, factors, sdxl, model, tmp_pa
     pipe.load_lora_weights(file)  # its own table of the names
     _assert_adds(found, _fused(pipe))
     assert len(found) == len(tensors) / 3 > 4
+
+
+def test_what_is_written_by_kohya_s_names_diffusers_adds_to_the_right_layers(
+    factors, sdxl, model, tmp_path
+):
+    write_lora({"unet": factors}, tmp_path / FILE)
+    file = tmp_path / "kohya.safetensors"
+    write_file(of_kohya(open_file(tmp_path / FILE), model.unet.config).entries, file)
+    names = load_file(file).keys()
+    # With one residual block a level: conv_in, resnet, down, resnet with attention; twice up.
+    layers = ("input_blocks_3_1_transformer_blocks_0_attn1_to_q", "output_blocks_1_2_conv")
+    assert {f"lora_unet_{layer}.alpha" for layer in layers} <= names
+    assert not any("_blocks_0_attentions" in name for name in names)
+    _assert_same(read_lora(file, model)["unet"], factors)
+    pipe = DiffusionPipeline.from_pretrained(sdxl)
+    pipe.load_lora_weights(file)  # its own table of the names
+    _assert_adds(factors, _fused(pipe))
+
+
+def test_text_encoders_have_kohya_s_names_as_diffusers_gives_them(sdxl, model, tmp_path):
+    written = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(StableDiffusion.from_pretrained(sdxl), part)
+        attach_lora(encoder, ("q_proj", "fc1"), rank=2, alpha=2.0, rngs=nnx.Rngs(0))
+        written[part] = lora_factors(encoder)
+    write_lora(written, tmp_path / FILE)
+    ours = of_kohya(open_file(tmp_path / FILE), model.unet.config)
+    tensors = {name: torch.tensor(x) for name, x in load_file(tmp_path / FILE).items()}
+    theirs = convert_state_dict_to_kohya(tensors)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value.numpy())
+    assert {"lora_te1", "lora_te2"} == {name.partition("_text_model")[0] for name in ours}
 
 
 def _kohya(factors, name_of, scale):

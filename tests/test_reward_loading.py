@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -43,6 +44,17 @@ def write(path: Path, text: str) -> str:
 
 
 # --- Where rewards are found --------------------------------------------------------------------
+
+
+def test_a_function_of_a_notebook_is_a_reward(monkeypatch) -> None:
+    notebook = types.ModuleType("__main__")  # without a file, as it is there
+    exec(BRIGHTNESS, vars(notebook))
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    reward = load_reward("__main__:brightness")
+    assert (reward.name, reward.function) == ("brightness", vars(notebook)["brightness"])
+    message = r"the module '__main__' has no 'brightnes' \(did you mean 'brightness'\?\)"
+    with pytest.raises(UsageError, match=message):
+        load_reward("__main__:brightnes")
 
 
 def test_a_users_file_of_ten_lines_is_a_reward(tmp_path) -> None:

@@ -17,7 +17,7 @@ from diffusion_grpo.commands.common import Talk, parse
 from diffusion_grpo.commands.models import find_model
 from diffusion_grpo.errors import UsageError, suggest
 
-FORMATS = ("diffusers", "lora", "merged")
+FORMATS = ("diffusers", "lora", "kohya", "merged")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -26,7 +26,8 @@ class ExportOptions:
     """Write a run's model for Diffusers, with a model card.
 
     diffusers: the whole pipeline, an adapter merged in. merged: its UNet alone, an adapter merged
-    in. lora: the adapter alone, as `pipe.load_lora_weights` loads it.
+    in. lora: the adapter alone, as `pipe.load_lora_weights` loads it. kohya: the same by the names
+    of kohya's scripts, for web interfaces.
     """
 
     run: Annotated[str, tyro.conf.Positional]
@@ -35,7 +36,7 @@ class ExportOptions:
     output: Path
     """A new or empty folder."""
     format: str = "diffusers"
-    """diffusers, lora or merged."""
+    """diffusers, lora, kohya or merged."""
     dtype: str = "float32"
     """Of the written weights: float32, float16 or bfloat16."""
     quiet: bool = False
@@ -126,14 +127,15 @@ def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None
             f"{options.run!r} trained the text encoders too (model.train_text_encoder), and merged "
             "is the UNet alone; expected --format diffusers or lora"
         )
-    if options.format == "lora":
+    is_adapter = options.format in ("lora", "kohya")
+    if is_adapter:
         source = place / "lora" / FILE
         if not source.is_file():
             raise UsageError(
                 f"{options.run!r} has no adapter: the run trained all weights of the UNet "
                 "(model.trainable full); expected --format diffusers or merged"
             )
-        _copy_adapter(source, output / FILE, options.dtype)
+        _copy_adapter(source, output / FILE, options.dtype, kohya=options.format == "kohya")
     else:
         _write_model(place, output, whole=options.format == "diffusers", dtype=options.dtype)
     fields = read_json(place / "scheduler" / "scheduler_config.json")
@@ -141,7 +143,7 @@ def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None
     schedule = SchedulerConfig.from_dict(fields, pipeline=pipeline)
     card = model_card(
         run,
-        options.format,
+        "lora" if is_adapter else options.format,
         sampling,
         clip_sample=schedule.clip_sample,
         iteration=iteration,
@@ -152,12 +154,20 @@ def _write(options: ExportOptions, run: Path, place: Path, iteration: int | None
     return output
 
 
-def _copy_adapter(source: Path, target: Path, dtype: str) -> None:
+def _copy_adapter(source: Path, target: Path, dtype: str, *, kohya: bool) -> None:
+    """Write the adapter of an exported pipeline, `lora/` in its folder, anew."""
+    from diffusion_grpo.components import read_json
+    from diffusion_grpo.lora_files import of_kohya
+    from diffusion_grpo.models.unet import UNetConfig
     from diffusion_grpo.pretrained import DTYPES
     from diffusion_grpo.tensor_files import open_file, write_file
 
+    tensors = open_file(source)
+    if kohya:
+        config = UNetConfig.from_dict(read_json(source.parents[1] / "unet" / "config.json"))
+        tensors = of_kohya(tensors, config)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(open_file(source).cast(DTYPES[dtype]).entries, target)
+    write_file(tensors.cast(DTYPES[dtype]).entries, target)
 
 
 def _write_model(place: Path, output: Path, *, whole: bool, dtype: str) -> None:
