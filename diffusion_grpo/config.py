@@ -171,10 +171,10 @@ def demo() -> Config:
 def demo_gold() -> Config:
     """The embedded model toward the exact judge with partial credit: how far RL takes it.
 
-    `diffusion-grpo train demo-gold`: its iterations are each as long as one of `demo`. With the
-    embedded base before this one 500 of them (`--iterations 500`) made 49.7 % right 73.3 % (one
-    seed), and as many of DiffusionNFT with all of 16 x 8 images and no KL 77.4 % (75.8 to 79.2,
-    three seeds; docs/earlier-bases.md).
+    `diffusion-grpo train demo-gold`: its iterations are each as long as one of `demo`. 500 of them
+    (`--iterations 500`) make 43.6 % right 70.3 % (59, 61, 65, 71, 70 after each hundred; one seed),
+    and as many of DiffusionNFT with all of 16 x 8 images and no KL 72.7 % (63, 68, 71, 72, 73; 71.1
+    to 73.9 at the end, three seeds; docs/learning.md), in 20 to 40 minutes on one core.
     """
     base = demo()
     return dataclasses.replace(
