@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 
 from diffusion_grpo import lanes as module
 from diffusion_grpo.accumulation import sum_in_lanes
@@ -54,10 +55,11 @@ def test_a_program_is_compiled_once_under_the_callers_settings():
     own = Lanes()
     with jax.numpy_dtype_promotion("standard"), jax.set_mesh(mesh):
         inputs = [jnp.full(3, float(i)) for i in range(6)]
-        for _ in range(2):
-            found = list(own.run([lambda x=x: program(x) for x in inputs]))
+        for programs in (1, 0):
+            with compilations() as compiled:
+                found = list(own.run([lambda x=x: program(x) for x in inputs]))
             np.testing.assert_array_equal(np.stack(found)[:, 0], np.arange(6))
-    assert program._cache_size() == 1
+            assert compiled.count("program") == programs, compiled
 
 
 def test_a_call_that_fails_raises_and_the_rest_is_left():
