@@ -1,7 +1,8 @@
-"""How much of an iteration's gradient is signal: the ratio that decides how fast a run can learn.
+r"""How much of an iteration's gradient is signal: the ratio that decides how fast a run can learn.
 
     python benchmarks/gradient_noise.py demo --gradients 28
-    python benchmarks/gradient_noise.py demo --gradients 28 --grpo.algorithm nft --grpo.kl mse
+    python benchmarks/gradient_noise.py demo --grpo.algorithm nft --grpo.kl mse \
+        --grpo.step-weights uniform
 
 At the checkpoint's own parameters, the gradients g_1 … g_n of n iterations with different prompts
 and noise are independent draws of one mean s plus noise. Two of them multiply to |s|² on average,

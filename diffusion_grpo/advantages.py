@@ -67,7 +67,8 @@ def group_advantages(
         Advantages [P·G], float32.
 
     Raises:
-        UsageError: the group size is below 2 or does not divide the batch.
+        UsageError: the group size is below 2 or does not divide the batch, or there is no such
+            kind.
     """
     groups = _grouped(rewards.astype(jnp.float32), group_size)
     shifted = groups - groups[:, :1]

@@ -246,6 +246,15 @@ _PRESET_FUNCTIONS = {
 
 PRESETS: dict[str, Config] = {name: preset() for name, preset in _PRESET_FUNCTIONS.items()}
 
+_HELP = f"""Fine-tune a checkpoint against rewards.
+
+The first word may be a preset ({", ".join(PRESETS)}) or a YAML file; options change single fields
+of it. The defaults below are those of the preset or file before --help, as in `train sd15 --help`;
+without one they are of a short run of the embedded model.
+
+--resume RUN, --quiet, --verbose and --distributed: see `diffusion-grpo --help`.
+"""
+
 
 def describe_preset(name: str) -> str:
     """Return the one line that says what a preset is."""
@@ -369,6 +378,7 @@ def _parse_flags(config: Config, flags: Sequence[str], prog: str) -> Config:
             default=config,
             args=list(flags),
             prog=prog,
+            description=_HELP,
             config=(tyro.conf.FlagConversionOff,),
         )
     names = [flag.partition("=")[0][2:] for flag in flags if flag.startswith("--")]

@@ -15,7 +15,7 @@ class GRPOOptions(Section):
     section_name: ClassVar[str] = "grpo"
 
     algorithm: Literal["grpo", "nft"] = "grpo"
-    """GRPO on the steps' log-probs, or DiffusionNFT's forward-process loss (see --nft)."""
+    """GRPO on the steps' log-probs, or DiffusionNFT's forward-process loss (options --nft.*)."""
     advantage: Literal["group", "group_mean", "group_global_std", "leave_one_out", "running"] = (
         "group"
     )
@@ -23,7 +23,8 @@ class GRPOOptions(Section):
     advantage_eps: float = 1e-8
     """eps of the advantage, in units of the reward."""
     advantage_clip: float = 5.0
-    """Bound on |A|, in standard deviations; with combine = 'advantages', on each reward's own A."""
+    """Bound on |A|, in standard deviations; with combine = 'advantages', on each reward's own A.
+    With nft also the A from which an image counts as all good, and below minus it as all bad."""
     combine: Literal["rewards", "advantages"] = "rewards"
     """Weight and sum several rewards, or the advantages of each of them (GDPO)."""
     running_size: int = 32

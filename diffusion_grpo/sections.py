@@ -42,7 +42,7 @@ class ModelConfig(Section):
     lora_alpha: float = 8.0
     """Scale of the adapter: its output is multiplied by alpha / r."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", r"to_out\.0")
-    """Regular expressions; a projection whose dotted path ends in a match gets an adapter."""
+    """Regular expressions; a linear layer or convolution whose path ends in a match is adapted."""
     train_text_encoder: bool = False
     """Train adapters of the text encoders too, of the same rank and scale; needs trainable lora."""
     text_encoder_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -218,13 +218,14 @@ class EvalConfig(Section):
     seed: int = 0
     """Seed of the initial noise, independent of run.seed, so that runs can be compared."""
     gold: tuple[str, ...] = ()
-    """Rewards that training never sees, in the form of reward.rewards; below 0, less is better."""
+    """Rewards that training never sees, NAME[=WEIGHT] each; a weight below 0: less is better."""
     stochastic: bool = False
     """Also measure the KL to the reference, with the rollout's T and η, noise in all steps."""
     keep_best: bool = True
     """Keep the model with the best held-out mean under best/: gold if there is one, else total."""
     patience: int = 0
-    """Stop after this many evaluations in a row with gold falling and reward rising; 0 never."""
+    """Stop after this many evaluations in a row with gold below its best,
+    and the trained reward above what it was at that best; 0 never."""
 
     def __post_init__(self) -> None:
         """Reject values that no evaluation can use."""

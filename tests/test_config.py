@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+from diffusion_grpo.cli import USAGE
 from diffusion_grpo.config import (
     PRESETS,
     Config,
@@ -147,6 +148,16 @@ def test_help_shows_every_field_with_its_meaning(capsys):
             assert f"--{section.name}.{field.name}".replace("_", "-") in shown
     assert "diffusion-grpo train" in shown
     assert "images of one prompt" in shown
+
+
+def test_help_says_what_stands_before_the_options_and_nothing_of_the_code(capsys):
+    with pytest.raises(SystemExit):
+        load_config("sd15", ["--help"])
+    head = _words(capsys.readouterr().out.partition("--model")[0])
+    assert f"may be a preset ({', '.join(PRESETS)}) or a YAML file" in head
+    for flag in ("--resume", "--quiet", "--verbose", "--distributed"):
+        assert flag in head and flag in USAGE
+    assert "load_config" not in head and "from_dict" not in head
 
 
 def _words(text):

@@ -397,9 +397,18 @@ x₀-prediction, in `tests/test_nft.py`.
 
 Log-probs, and with them δ, and KLs are means over the D elements of a latent unless
 `grpo.log_prob_reduction` is `sum`; the factor D of k2 and k3 is 1 then. A KL in the loss is summed
-over the steps, which `grpo.step_weights` do not weigh; that of `flow_grpo` is their mean. With
-`grpo.ratio step` the weights are those of the steps' losses. For ε-prediction the errors of
-DiffusionNFT are multiplied by √ᾱ_t, unlike in the paper, where they have no bound.
+over the steps, which `grpo.step_weights` do not weigh; that of `flow_grpo` is their mean.
+
+With `grpo.ratio trajectory` an image has one ρ, log ρ = Σ_t w_t (log π_θ − log π_old) over the
+steps learned from. With `grpo.ratio step` each of these steps has a ρ and a surrogate, and the
+loss is the mean over them of w_t times the surrogate. In the clip range D₀ is 64·64·4, s is the
+sensitivity of a step, and the sum and the mean are over the steps of a ratio: for `step` κ is
+√(D₀/D), and GRPO-Guard's is smaller, as its exponents are.
+
+In DiffusionNFT r = clip(½ + A/(2 A_max), 0, 1), x̂± = x̂_old ± β (x̂ − x̂_old), A_max is
+`grpo.advantage_clip` and β `nft.beta`; squares and absolute values are means over the latent, the
+latter without a gradient, and the loss is the mean over the timesteps of an image. For ε-prediction
+its errors are multiplied by √ᾱ_t, unlike in the paper, where they have no bound.
 
 """
 

@@ -1,6 +1,7 @@
 """The script that measures how much of a gradient is signal: its estimate, and a real call."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from scripts import load_script
 from tiny_run import flags
 from torch_checkpoints import TWO_LEVELS, write_pipeline
+
+from diffusion_grpo.config import load_config
 
 gradient_noise = load_script("gradient_noise")
 
@@ -32,6 +35,18 @@ def test_elements_count_alike_whatever_their_size():
     assert gradient_noise.signal_to_noise(gradient_noise.by_element(scaled)) == pytest.approx(
         plain, rel=1e-3
     )
+
+
+def test_its_commands_are_ones_that_there_are():
+    lines = re.findall(
+        r"^    python benchmarks/gradient_noise.py (.*)$",
+        gradient_noise.__doc__.replace("\\\n", ""),
+        re.MULTILINE,
+    )
+    assert len(lines) == 2
+    for line in lines:
+        preset, *words = line.replace("--gradients 28", "").split()
+        load_config(preset, words)
 
 
 @pytest.mark.slow

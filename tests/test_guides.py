@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flax import nnx
+from safetensors.numpy import load_file
+from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo import metrics
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import PRESETS, load_config
+from diffusion_grpo.lora import attach_lora, lora_factors
+from diffusion_grpo.lora_files import FILE, write_lora
+from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.reward_loading import load_reward
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +83,47 @@ def test_a_group_is_drawn_and_scored_as_the_guide_says(tmp_path, monkeypatch, ca
         assert main([word, *shlex.split(line.replace("shapes_heldout", "two.txt")), *few]) == 0
     assert "within a prompt: std" in capsys.readouterr().out
     assert len(Path("scores.csv").read_text().splitlines()) == 17
+
+
+def test_an_adapter_is_made_part_of_a_checkpoint_as_the_guide_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pipeline(tmp_path / "my-checkpoint", **TWO_LEVELS)
+    unet = StableDiffusion.from_pretrained("my-checkpoint").unet
+    attach_lora(unet, ("to_q",), rank=2, alpha=6.0, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    factors = {
+        path: f._replace(b=rng.normal(size=f.b.shape)) for path, f in lora_factors(unet).items()
+    }
+    write_lora({"unet": factors}, Path("my-lora") / FILE)
+    (code,) = re.findall(r"```python\n([^`]*fuse_lora[^`]*)```", TEXTS["checkpoints.md"])
+    exec(code, {})
+    StableDiffusion.from_pretrained("my-checkpoint-in-style")  # strictly: nothing is left over
+    before, after = (
+        load_file(f"{name}/unet/diffusion_pytorch_model.safetensors")
+        for name in ("my-checkpoint", "my-checkpoint-in-style")
+    )
+    assert before.keys() == after.keys() and factors
+    for name in before:
+        change = 0.0
+        if name.removesuffix(".weight") in factors:
+            a, b, scale = factors[name.removesuffix(".weight")]
+            change = scale * (np.asarray(a, np.float64) @ b).T
+        np.testing.assert_allclose(after[name], before[name] + change, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sdxl_fits_and_takes_as_long_as_the_guide_says(capsys):
+    (line,) = (
+        line for line in commands("checkpoints.md", "train") if "stable-diffusion-xl" in line
+    )
+    assert main(["plan", *shlex.split(line), "--device", "rtx4090"]) == 0
+    told = capsys.readouterr().out
+    assert "it does not fit" not in told
+    seconds = re.search(r"^iteration +(\S+) s", told, re.MULTILINE)
+    kept = re.search(r"^trajectories +(\S+) GiB", told, re.MULTILINE)
+    assert seconds and kept
+    assert f"and {float(seconds[1]) / 3600:.0f} hours with SDXL" in TEXTS["checkpoints.md"]
+    assert f"{float(kept[1]) * 2**30 / 256 / 1e6:.0f} MB with SDXL" in TEXTS["checkpoints.md"]
 
 
 @pytest.mark.parametrize("word", ["sample", "export"])

@@ -33,6 +33,8 @@ def evaluation(clip, gold=None, each=1, tasks=None, lower=()):
         # gold falls twice while the reward rises
         ([(0, 1.0, 0.5), (10, 1.2, 0.6), (20, 1.3, 0.5), (30, 1.4, 0.4)], 2, True),
         ([(0, 1.0, 0.5), (10, 1.2, 0.6), (20, 1.3, 0.5), (30, 1.4, 0.4)], 3, False),
+        # gold rose in between, and stayed below its best
+        ([(0, 1.0, 0.5), (10, 1.2, 0.6), (20, 1.3, 0.3), (30, 1.4, 0.4)], 2, True),
         # gold came back above its best in between
         ([(0, 1.0, 0.5), (10, 1.2, 0.4), (20, 1.3, 0.6), (30, 1.4, 0.5)], 2, False),
         # the reward fell too: nothing is hacked

@@ -5,6 +5,7 @@ It is the code path of any checkpoint.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,13 @@ def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
     evaluation = json.loads((directory / "evaluation.json").read_text())
     assert evaluation["images"] == 2 and "difference" in evaluation["rewards"]["jpeg_size"]
     assert list(evaluation["rewards"]) == ["jpeg_size"]  # a lone reward is its own total
+
+    page = (Path(__file__).parents[1] / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    table = page.partition("| always | what |")[2].partition("\n\n")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")}
+    there = {f"`{path.name}{'/' * path.is_dir()}`" for path in directory.iterdir()}
+    assert len(listed) == 10 and listed <= there
+    assert there - listed <= {"`report.html`", "`tensorboard/`", "`.lock`"}
 
     # the exported pipeline: Diffusers loads it, and it is the same network but for what was trained
     StableDiffusionPipeline.from_pretrained(directory / "final")
