@@ -172,9 +172,9 @@ def demo_gold() -> Config:
     """The embedded model toward the exact judge with partial credit: how far RL takes it.
 
     `diffusion-grpo train demo-gold`: its iterations are each as long as one of `demo`. 500 of them
-    (`--iterations 500`) make 43.6 % right 70.3 % (59, 61, 65, 71, 70 after each hundred; one seed),
-    and as many of DiffusionNFT with all of 16 x 8 images and no KL 72.7 % (63, 68, 71, 72, 73; 71.1
-    to 73.9 at the end, three seeds; docs/learning.md), in 20 to 40 minutes on one core.
+    (`--iterations 500`) make 43.6 % right 70.0 % (59, 64, 68, 69, 70 after each hundred; 69.4 to
+    70.3 at the end, three seeds), and as many of DiffusionNFT with all of 16 x 8 images and no KL
+    72.7 % (63, 68, 71, 72, 73; 71.1 to 73.9; docs/learning.md), in 20 to 40 minutes on one core.
     """
     base = demo()
     return dataclasses.replace(
