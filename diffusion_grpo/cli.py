@@ -26,6 +26,7 @@ from diffusion_grpo.errors import (
     UsageError,
     suggest,
 )
+from diffusion_grpo.output_files import NO_ROOM
 from diffusion_grpo.refusals import refusals
 
 if TYPE_CHECKING:
@@ -94,6 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[words[0]](words[1:])
     except (UsageError, RewardError, RunError, Preempted) as error:
         print(f"diffusion-grpo: {error}", file=sys.stderr)
+        return exit_code(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        place = f"{error.filename} could not be written: " if error.filename else ""
+        print(
+            f"diffusion-grpo: {place}{error.strerror}; make room on the disk, or write elsewhere",
+            file=sys.stderr,
+        )
         return exit_code(error)
     except KeyboardInterrupt as error:
         if str(error):  # of a run: what goes on with it

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_grpo.errors import UsageError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an `OSError`: the disk, or a quota, is full
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> Path:

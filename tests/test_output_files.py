@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from recorded_run import record_run
 
+from diffusion_grpo.cli import main
 from diffusion_grpo.commands import sample
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.output_files import check_output
@@ -44,3 +46,11 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
         sample.run([*words, str(tmp_path / "deep" / "er")])
     with pytest.raises(UsageError, match=r"there.json is no folder"):
         sample.run([*words, str(tmp_path / "there.json" / "x")])
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, capsys):
+    run = record_run(tmp_path / "run", iterations=2, heldout=4, evaluate_every=1)
+    (tmp_path / "strip.png").symlink_to("/dev/full")
+    assert main(["compare", str(run), "--strip", str(tmp_path / "strip.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device; make room on the disk, or write elsewhere" in line
