@@ -26,6 +26,8 @@ from diffusion_grpo.interrupt import StopNow
 from diffusion_grpo.mesh import of_all_processes, to_host
 
 DAMAGED = "checkpoints.damaged"  # beside the checkpoints: those that could not be read
+# Orbax's "no handler can load this" is a KeyError; a metadata file may hold anything.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 QUALITY = Path("metrics", "metrics")  # in a checkpoint: the file that Orbax keeps its quality in
 
 
@@ -268,12 +270,25 @@ class Checkpoints:
             )
         return found["tree"]
 
+    def shapes(self, step: int) -> Any:
+        """Return the shapes of what checkpoint `step` holds, as it was given to `save`.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        try:
+            described = self._checkpointer.metadata(step).metadata["tree"]
+        except _UNREADABLE as error:
+            raise UsageError(
+                f"checkpoint {self.path(step)} cannot be read ({short(error)})"
+            ) from None
+        return jax.tree.map(lambda leaf: leaf.shape, described)
+
     def _read(self, step: int, template: Any) -> tuple[Any, str]:
         """Return what checkpoint `step` holds, or None and why it cannot be read."""
         try:
             found = self._checkpointer.load(step, template)
-        # Orbax's "no handler can load this" is a KeyError; a metadata file may hold anything.
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             return None, short(error)
         for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(template), strict=True):
             if got.shape != wanted.shape:
