@@ -11,7 +11,11 @@ from pathlib import Path
 
 from diffusion_grpo.errors import UsageError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an `OSError`: the disk, or a quota, is full
+NO_ROOM = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # of an `OSError`: the disk, or a quota, is full
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> Path:

@@ -3,7 +3,9 @@
 import errno
 import gc
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -56,6 +58,33 @@ def before_the_update(monkeypatch, number, action):
         return result
 
     monkeypatch.setattr(train_module, "image_advantages", wrapped)
+
+
+@pytest.mark.parametrize("where", ["load_model", "open_directory"])
+def test_a_run_that_is_preempted_as_it_starts_is_to_be_started_again(
+    where, checkpoint, tmp_path, monkeypatch, capsys
+):
+    words, run = flags(checkpoint, tmp_path), tmp_path / "run"
+    original = getattr(train_module, where)
+
+    def preempted(*arguments, **options):
+        found = original(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    def unheeded(*_):
+        raise AssertionError("SIGTERM would have killed it")
+
+    monkeypatch.setattr(train_module, where, preempted)
+    before = signal.signal(signal.SIGTERM, unheeded)
+    try:
+        assert main(["train", *words]) == 75
+        assert signal.getsignal(signal.SIGTERM) is unheeded
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    again = ["--resume", str(run)] if where == "open_directory" else words
+    told = f"stopped; go on with: {shlex.join(['diffusion-grpo', 'train', *again])}"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("broken", ["gradient", "loss"])
