@@ -11,11 +11,8 @@ from pathlib import Path
 
 from diffusion_grpo.errors import UsageError
 
-NO_ROOM = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-)  # of an `OSError`: the disk, or a quota, is full
+# Of an `OSError`: the disk is full, or a quota is used up.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> Path:

@@ -49,7 +49,9 @@ from diffusion_grpo.pipeline import TrainablePolicy, latent_shape, make_decoder,
 from diffusion_grpo.preparation import (
     check_alike,
     check_directory,
+    check_lists,
     check_prompts,
+    describe_lists,
     load_model,
     lora_options,
     open_directory,
@@ -97,9 +99,9 @@ def train(
         verbose: show every iteration.
 
     Returns:
-        The evaluations before and after. The run directory holds `config.yaml`, `metrics.jsonl`,
-        `events.jsonl`, `samples/`, `checkpoints/`, `evaluation.json` and `final/`, the exported
-        pipeline.
+        The evaluations before and after. The run directory holds `config.yaml`, `prompts.json`,
+        `metrics.jsonl`, `events.jsonl`, `samples/`, `checkpoints/`, `evaluation.json` and `final/`,
+        the exported pipeline.
 
     Raises:
         UsageError: something asked for cannot be done; found before any work where it can be.
@@ -123,10 +125,13 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
         config.model.pretrained, revision=config.model.revision, variant=config.model.variant
     )
     check_layout(source)
-    check_alike(config, prompts, heldout)
+    lists = describe_lists(prompts, heldout)
+    check_alike(config, lists)
     directory = Path(config.run.output)
     if leads():
         check_directory(config, resume)
+        if resume:
+            check_lists(config, lists)
     settings = config.reward_settings()
     rewards = load_rewards(config.training_rewards(), **settings)
     gold = load_rewards(gold_specs, **settings) if gold_specs else None
@@ -147,7 +152,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     at_once = prompts_at_once(model)
 
     # The directory, and what a run before left there.
-    lock = open_directory(config, directory, learner.notes, resume=resume)
+    lock = open_directory(config, directory, learner.notes, lists=lists, resume=resume)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep=config.run.keep_checkpoints, writes=leads()
     )

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import os
 import shlex
 import shutil
@@ -25,6 +26,8 @@ from diffusion_grpo.errors import RunError
 from diffusion_grpo.faults import phase
 from diffusion_grpo.learning import GRPOLearner
 from diffusion_grpo.optim import TrainState, make_update
+from diffusion_grpo.preparation import check_lists, describe_lists, make_directory
+from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.run_lock import RunLock
 from diffusion_grpo.train import train
 
@@ -82,9 +85,46 @@ def test_a_run_that_is_preempted_as_it_starts_is_to_be_started_again(
         assert signal.getsignal(signal.SIGTERM) is unheeded
     finally:
         signal.signal(signal.SIGTERM, before)
-    again = ["--resume", str(run)] if where == "open_directory" else words
+    again = words
+    if where == "open_directory":
+        again = ["--resume", str(run)]
+        begun = json.loads((run / "prompts.json").read_text())
+        assert [begun[side]["prompts"] for side in ("train", "heldout")] == [3, 3]
     told = f"stopped; go on with: {shlex.join(['diffusion-grpo', 'train', *again])}"
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "told"),
+    [
+        ("train", "a red circle\na blue square\n", "there were 3 prompts to train on, now 2"),
+        ("train", "a red circle\na blue star\ntwo green stars\n", "now as many, but not the same"),
+        ("heldout", "a blue star\n", "there were 2 prompts to evaluate on, now 1"),
+    ],
+)
+def test_a_run_whose_prompts_were_edited_is_not_gone_on_with(
+    field, text, told, tmp_path, monkeypatch, capsys
+):
+    heldout, run = tmp_path / "heldout.txt", tmp_path / "run"
+    heldout.write_text("a blue star\na red star\n")
+    settings = config(tmp_path / "pipeline", tmp_path, prompts__heldout=heldout)
+    files = {"train": tmp_path / "prompts.txt", "heldout": heldout}
+    lists = describe_lists(*map(load_prompts, map(str, files.values())))
+    with make_directory(settings, run, lists=lists):
+        pass
+    for file in files.values():  # the prompts are the same
+        file.write_text("# a comment\n\n" + file.read_text())
+    check_lists(settings, describe_lists(*map(load_prompts, map(str, files.values()))))
+    files[field].write_text(text)
+    monkeypatch.setattr(train_module, "local_directory", lambda *_, **options: tmp_path)
+    monkeypatch.setattr(train_module, "check_layout", lambda place: {})
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert f"prompts.{field} is {str(files[field])!r}, which has been edited" in message
+    assert told in message and "Put the list back, or begin another run" in message
+    (run / "prompts.json").write_text('{"train"')
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "does not say which prompts the run began with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("broken", ["gradient", "loss"])
