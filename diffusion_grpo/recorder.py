@@ -207,7 +207,7 @@ class Recorder:
             where = LOST if self._keep_best else NOT_KEPT
         found = {"iterations": best, "mean": means[best], "by": list(self._gold) or ["total"]}
         text = json.dumps(found | {"model": where}, indent=2)
-        (self._directory / "best.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(self._directory / "best.json", text + "\n")
         what = {"held-out": "held-out mean", "training": "mean over the training prompts"}
         mean = f"{what[self._prompts]} {means[best]:.4f}"
         return f"best {mean} after {best} iterations: {where}"

@@ -1,5 +1,6 @@
 """A LoRA run's model in every form, as Diffusers loads it, and adapters in `sample`."""
 
+import errno
 import json
 import os
 import shutil
@@ -123,6 +124,25 @@ def test_an_adapter_too_small_for_bfloat16_is_not_lost_in_a_bfloat16_run(checkpo
         assert 0 < np.linalg.norm(change) < 5e-3 * np.linalg.norm(held)
         found = written[f"{path}.weight"].double().numpy() - held
         np.testing.assert_allclose(found, change, atol=1e-2 * np.abs(change).max())
+
+
+def test_a_model_that_could_not_be_written_leaves_the_one_before(checkpoint, tmp_path, monkeypatch):
+    settings = config(checkpoint, tmp_path, model__trainable="lora")
+    (tmp_path / "config.yaml").write_text(to_yaml(settings))
+    model = load_model(settings, checkpoint)
+    policy = make_policy(model, guidance_scale=1.0, lora=lora_options(settings))
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "before").touch()
+
+    def full(model, directory):
+        assert (directory / "lora" / FILE).is_file()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(StableDiffusion, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_final(settings, model, policy, policy.trained, tmp_path / "best")
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["before"]
+    assert not list(tmp_path.glob("best.*"))
 
 
 def test_the_pipeline_in_half_precision(finished, tmp_path):
