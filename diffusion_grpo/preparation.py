@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,27 @@ SCRATCH = "config.yaml.tmp"
 PROMPTS_FILE = "prompts.json"  # which prompts the run began with
 
 ListRecord = dict[str, Any]  # how many prompts a list has, and their fingerprint
+
+
+@contextlib.contextmanager
+def named_by(path: Path | None) -> Iterator[None]:
+    """Say of what cannot be found or read within which file names it.
+
+    Args:
+        path: the configuration of a run that is gone on with, perhaps elsewhere; None for that of
+            the command line, whose user knows.
+
+    Raises:
+        UsageError: what was raised within, with the file.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if path is None:
+            raise
+        raise UsageError(
+            f"{error} (named by {path}, where what has moved is to be named anew)"
+        ) from None
 
 
 def check_directory(config: Config, resume: bool) -> Path:

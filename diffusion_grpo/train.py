@@ -54,6 +54,7 @@ from diffusion_grpo.preparation import (
     describe_lists,
     load_model,
     lora_options,
+    named_by,
     open_directory,
 )
 from diffusion_grpo.pretrained import StableDiffusion, check_layout, local_directory
@@ -119,22 +120,26 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     """Do what `train` says, on the devices of the context."""
     # What can be wrong is found first, cheapest first.
     sources = config.prompts
-    prompts, heldout = load_heldout(sources.train, sources.heldout, sources.heldout_share)
-    gold_specs = config.gold_rewards()
-    source = local_directory(
-        config.model.pretrained, revision=config.model.revision, variant=config.model.variant
-    )
-    check_layout(source)
+    directory = Path(config.run.output)
+    origin = directory / "config.yaml" if resume else None
+    with named_by(origin):
+        prompts, heldout = load_heldout(sources.train, sources.heldout, sources.heldout_share)
     lists = describe_lists(prompts, heldout)
     check_alike(config, lists)
-    directory = Path(config.run.output)
     if leads():
         check_directory(config, resume)
         if resume:
             check_lists(config, lists)
+    with named_by(origin):
+        source = local_directory(
+            config.model.pretrained, revision=config.model.revision, variant=config.model.variant
+        )
+        check_layout(source)
     settings = config.reward_settings()
-    rewards = load_rewards(config.training_rewards(), **settings)
-    gold = load_rewards(gold_specs, **settings) if gold_specs else None
+    gold_specs = config.gold_rewards()
+    with named_by(origin):
+        rewards = load_rewards(config.training_rewards(), **settings)
+        gold = load_rewards(gold_specs, **settings) if gold_specs else None
     check_prompts(config, prompts, heldout, rewards, gold)
     check_trackers(config)
     with phase("loading the model"):

@@ -102,9 +102,7 @@ def test_a_run_that_is_preempted_as_it_starts_is_to_be_started_again(
         ("heldout", "a blue star\n", "there were 2 prompts to evaluate on, now 1"),
     ],
 )
-def test_a_run_whose_prompts_were_edited_is_not_gone_on_with(
-    field, text, told, tmp_path, monkeypatch, capsys
-):
+def test_a_run_whose_prompts_were_edited_is_not_gone_on_with(field, text, told, tmp_path, capsys):
     heldout, run = tmp_path / "heldout.txt", tmp_path / "run"
     heldout.write_text("a blue star\na red star\n")
     settings = config(tmp_path / "pipeline", tmp_path, prompts__heldout=heldout)
@@ -116,8 +114,6 @@ def test_a_run_whose_prompts_were_edited_is_not_gone_on_with(
         file.write_text("# a comment\n\n" + file.read_text())
     check_lists(settings, describe_lists(*map(load_prompts, map(str, files.values()))))
     files[field].write_text(text)
-    monkeypatch.setattr(train_module, "local_directory", lambda *_, **options: tmp_path)
-    monkeypatch.setattr(train_module, "check_layout", lambda place: {})
     assert main(["train", "--resume", str(run)]) == 2
     message = capsys.readouterr().err
     assert f"prompts.{field} is {str(files[field])!r}, which has been edited" in message
@@ -125,6 +121,35 @@ def test_a_run_whose_prompts_were_edited_is_not_gone_on_with(
     (run / "prompts.json").write_text('{"train"')
     assert main(["train", "--resume", str(run)]) == 2
     assert "does not say which prompts the run began with" in capsys.readouterr().err
+
+
+def test_of_a_run_that_was_moved_it_is_told_where_to_name_what_is_elsewhere_now(tmp_path, capsys):
+    run, place = tmp_path / "run", tmp_path / "run" / "config.yaml"
+    with make_directory(config(tmp_path / "pipeline", tmp_path), run):
+        pass
+    told = f"(named by {place}, where what has moved is to be named anew)"
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert f"checkpoint '{tmp_path / 'pipeline'}': no such directory" in message and told in message
+    (tmp_path / "prompts.txt").unlink()
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert f"prompts '{tmp_path / 'prompts.txt'}': no such list" in message and told in message
+    for words in (["compare", str(run)], ["evaluate", str(run), "--reward", "jpeg_size"]):
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert f"named by {place}" in message and "by --prompts NAME|FILE" in message
+
+
+def test_a_directory_in_use_is_refused_before_the_checkpoint_is_asked_for(
+    tmp_path, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(train_module, "local_directory", lambda *words, **_: asked.append(words))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    assert main(["train", *flags(tmp_path / "pipeline", tmp_path)]) == 2
+    assert "holds other files" in capsys.readouterr().err and not asked
 
 
 @pytest.mark.parametrize("broken", ["gradient", "loss"])
