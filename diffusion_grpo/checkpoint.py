@@ -8,6 +8,7 @@ truncated.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +26,9 @@ from diffusion_grpo.interrupt import StopNow
 from diffusion_grpo.mesh import of_all_processes, to_host
 
 DAMAGED = "checkpoints.damaged"  # beside the checkpoints: those that could not be read
+# Orbax's "no handler can load this" is a KeyError; a metadata file may hold anything.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+QUALITY = Path("metrics", "metrics")  # in a checkpoint: the file that Orbax keeps its quality in
 
 
 class Restored(NamedTuple):
@@ -33,7 +37,7 @@ class Restored(NamedTuple):
     Attributes:
         step: its number.
         tree: what was saved.
-        notes: which newer ones could not be read, a line each.
+        notes: which newer ones could not be read, and whose quality, a line each.
     """
 
     step: int
@@ -54,10 +58,15 @@ class Checkpoints:
             keep: how many of the latest stay; the one of the highest `quality` stays besides.
             visits: what is there is only read, maybe while a run writes.
             writes: whether this process moves what is damaged out of the way; of several, one does.
+
+        Raises:
+            UsageError: of a visit, a damaged quality, for which no checkpoint can be opened.
         """
         from orbax.checkpoint import v1 as ocp  # 3 seconds: only when needed
 
         self._directory, self._writes = Path(directory).resolve(), writes
+        self._notes = self._without_broken_qualities(delete=not visits) if writes else []
+        processes.wait_for_all("the checkpoints to be looked through")
         policies = ocp.training.preservation_policies
         policy = policies.AnyPreservationPolicy(
             [
@@ -82,6 +91,35 @@ class Checkpoints:
         self._response: Any = None
         self._saving: int | None = None  # the checkpoint that is on its way
         self._failed = False
+
+    def _without_broken_qualities(self, *, delete: bool) -> list[str]:
+        """Delete each quality that cannot be read: because of one Orbax would open no checkpoint.
+
+        Args:
+            delete: where nothing may be changed, the first one is an error instead.
+
+        Returns:
+            Which were deleted, a line each.
+
+        Raises:
+            UsageError: there is one, and it may not be deleted.
+        """
+        notes = []
+        for file in sorted(self._directory.glob(f"*/{QUALITY}")):
+            try:
+                float(json.loads(file.read_bytes())["quality"])
+            except (ValueError, TypeError, KeyError):
+                if not delete:
+                    raise UsageError(
+                        f"{file} is damaged; expected the quality of its checkpoint. Delete this "
+                        "file: the checkpoint is whole without it"
+                    ) from None
+                file.unlink()
+                notes.append(
+                    f"the quality of checkpoint {file.parents[1]} was damaged, and is deleted: the "
+                    "checkpoint is whole, but kept no longer than others"
+                )
+        return notes
 
     @property
     def steps(self) -> list[int]:
@@ -206,7 +244,7 @@ class Checkpoints:
                 f"and it is moved to {DAMAGED}/"
                 for number, reason in damaged
             ]
-            return Restored(step, found["tree"], notes)
+            return Restored(step, found["tree"], [*self._notes, *notes])
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged) or "it is empty"
         raise UsageError(
             f"no checkpoint in {self._directory} can be read ({reasons}); expected one of this run "
@@ -232,12 +270,25 @@ class Checkpoints:
             )
         return found["tree"]
 
+    def shapes(self, step: int) -> Any:
+        """Return the shapes of what checkpoint `step` holds, as it was given to `save`.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        try:
+            described = self._checkpointer.metadata(step).metadata["tree"]
+        except _UNREADABLE as error:
+            raise UsageError(
+                f"checkpoint {self.path(step)} cannot be read ({short(error)})"
+            ) from None
+        return jax.tree.map(lambda leaf: leaf.shape, described)
+
     def _read(self, step: int, template: Any) -> tuple[Any, str]:
         """Return what checkpoint `step` holds, or None and why it cannot be read."""
         try:
             found = self._checkpointer.load(step, template)
-        # Orbax's "no handler can load this" is a KeyError; a metadata file may hold anything.
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             return None, short(error)
         for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(template), strict=True):
             if got.shape != wanted.shape:

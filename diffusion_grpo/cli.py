@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffusion_grpo.errors import (
     UsageError,
     suggest,
 )
+from diffusion_grpo.output_files import NO_ROOM
 from diffusion_grpo.refusals import refusals
 
 if TYPE_CHECKING:
@@ -95,6 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, RewardError, RunError, Preempted) as error:
         print(f"diffusion-grpo: {error}", file=sys.stderr)
         return exit_code(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        place = f"{error.filename} could not be written: " if error.filename else ""
+        print(
+            f"diffusion-grpo: {place}{error.strerror}; make room on the disk, or write elsewhere",
+            file=sys.stderr,
+        )
+        return exit_code(error)
     except KeyboardInterrupt as error:
         if str(error):  # of a run: what goes on with it
             print(f"diffusion-grpo: {error}", file=sys.stderr)
@@ -127,15 +138,25 @@ def _run(words: list[str]) -> None:
     if all(loudness.values()):
         raise UsageError("--quiet and --verbose are opposites: give one of them")
     words = [word for word in words if word not in ("--quiet", "--verbose")]
+    command = ["diffusion-grpo", "train", *words]
     if words and words[0] == "--resume":
         config, resume = _resumed(words[1:]), True
     else:
         start = words.pop(0) if words and not words[0].startswith("-") else None
         config, resume = load_config(start, words), False
+    from diffusion_grpo.interrupt import preemptible
     from diffusion_grpo.processes import leads
-    from diffusion_grpo.train import train
 
-    result = train(config, resume=resume, **loudness)
+    def again() -> str:
+        begun = (Path(config.run.output) / "config.yaml").is_file()
+        return shlex.join(
+            [*command[:2], "--resume", config.run.output] if begun and not resume else command
+        )
+
+    with preemptible(again):
+        from diffusion_grpo.train import train
+
+        result = train(config, resume=resume, **loudness)
     if not leads():
         return
     print(f"run directory: {result.directory}")

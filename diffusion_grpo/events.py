@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import TypedDict
 
@@ -36,13 +37,16 @@ def record_event(directory: Path, iteration: int, text: str) -> None:
     line = json.dumps(Event(time=now, iteration=iteration, text=text), ensure_ascii=False)
     with (
         contextlib.suppress(OSError),
-        (directory / EVENTS_FILE).open("a", encoding="utf-8") as file,
+        (directory / EVENTS_FILE).open("a+b") as file,
     ):
-        file.write(line + "\n")
+        if file.tell():  # a disk that was full may have cut the last line off
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else "\n" + line
+        file.write((line + "\n").encode())
 
 
 def read_events(directory: str | Path) -> list[Event]:
-    """Return a run's events in their order; a last line that was cut off is left out.
+    """Return a run's events in their order; a line that was cut off is left out.
 
     Args:
         directory: of the run.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import jax
 
 from diffusion_grpo.checkpoint import Checkpoints, short
 from diffusion_grpo.errors import RunError
+from diffusion_grpo.output_files import NO_ROOM
 
 # Phase → which options lower the memory that it takes, the cheapest first.
 LOWER = {
@@ -68,7 +68,7 @@ def explained(directory: Path, checkpoints: Checkpoints, resume: str) -> Iterato
         place = error.filename or directory
         what = error.strerror or str(error)
         mend = "check that it can be written"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_ROOM:
             mend = "make room on the disk"
         raise RunError(
             f"{place} could not be written: {what}; {last_good(checkpoints)}; {mend}, then go on "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -27,6 +29,39 @@ class StopNow(BaseException):
         """Stop as `request` says."""
         super().__init__("asked to stop")
         self.request = request
+
+
+class _Terminated(BaseException):
+    """Raised by SIGTERM where no `StopRequest` heeds it; no `except Exception` holds it up."""
+
+
+@contextlib.contextmanager
+def preemptible(again: Callable[[], str]) -> Iterator[None]:
+    """Turn SIGTERM into `Preempted` before a run heeds it by a `StopRequest`, and after.
+
+    Left to itself it would end the process with a code that tells no scheduler to start it again,
+    and a process that a container consists of would not notice it at all.
+
+    Args:
+        again: returns the command that goes on.
+
+    Raises:
+        Preempted: SIGTERM came; there was nothing to save.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Terminated:
+        raise Preempted(f"stopped; go on with: {again()}") from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopRequest:

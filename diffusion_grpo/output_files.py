@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffusion_grpo.errors import UsageError
+
+# Of an `OSError`: the disk is full, or a quota is used up.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> Path:
@@ -48,3 +53,32 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes the place of `path` once all is written.
+
+    So nobody takes half a folder, or one of two models, for a whole one: what was there before
+    stays until then. Folders beside it, named `.tmp` and `.old`, may be left by a kill, and are
+    removed by the next call.
+
+    Args:
+        path: a folder, there already or new.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    scratch, old = (path.with_name(f"{path.name}.{end}") for end in ("tmp", "old"))
+    for left in (scratch, old):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if path.exists():
+            os.rename(path, old)
+        os.rename(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,39 @@ import jax.numpy as jnp
 from diffusion_grpo import processes
 from diffusion_grpo.config import Config, load_config, to_yaml
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.output_files import write_whole
 from diffusion_grpo.pipeline import LoRAOptions
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
-from diffusion_grpo.prompts import Prompt
+from diffusion_grpo.prompts import Prompt, fingerprint
 from diffusion_grpo.reward import RewardSet
 from diffusion_grpo.run_lock import LOCK_FILE, RunLock
 from diffusion_grpo.text_encoding import ENCODERS
 
 SCRATCH = "config.yaml.tmp"
+PROMPTS_FILE = "prompts.json"  # which prompts the run began with
+
+ListRecord = dict[str, Any]  # how many prompts a list has, and their fingerprint
+
+
+@contextlib.contextmanager
+def named_by(path: Path | None) -> Iterator[None]:
+    """Say of what cannot be found or read within which file names it.
+
+    Args:
+        path: the configuration of a run that is gone on with, perhaps elsewhere; None for that of
+            the command line, whose user knows.
+
+    Raises:
+        UsageError: what was raised within, with the file.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if path is None:
+            raise
+        raise UsageError(
+            f"{error} (named by {path}, where what has moved is to be named anew)"
+        ) from None
 
 
 def check_directory(config: Config, resume: bool) -> Path:
@@ -94,8 +120,63 @@ def check_prompts(
         judges.check(texts, metadata, group_size=group_size, what=what)
 
 
+def describe_lists(prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, ListRecord]:
+    """Return what tells a run's two lists of prompts from others, for JSON.
+
+    Args:
+        prompts: the training list.
+        heldout: what is evaluated on.
+    """
+    return {
+        name: {"prompts": len(side), "sha256": fingerprint(side)}
+        for name, side in (("train", prompts), ("heldout", heldout))
+    }
+
+
+def check_lists(config: Config, lists: Mapping[str, ListRecord]) -> None:
+    """Find out whether a run that is gone on with has the prompts that it began with.
+
+    Args:
+        config: the run's.
+        lists: of `describe_lists`.
+
+    Raises:
+        UsageError: they have been edited meanwhile, or the record of them is damaged.
+    """
+    path = Path(config.run.output) / PROMPTS_FILE
+    if not path.is_file():  # the run was killed before it was written
+        return
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        counts = {name: int(begun[name]["prompts"]) for name in lists}
+        changed = [name for name, found in lists.items() if dict(begun[name]) != found]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path} does not say which prompts the run began with; expected JSON, as `train` "
+            "writes it: put it back, or delete it if the lists are what they were"
+        ) from None
+    for name in changed:
+        own = name == "heldout" and config.prompts.heldout is not None
+        field = "heldout" if own else "train"
+        had, has = counts[name], lists[name]["prompts"]
+        now = f"now {has}" if has != had else "now as many, but not the same"
+        raise UsageError(
+            f"prompts.{field} is {getattr(config.prompts, field)!r}, which has been edited since "
+            f"the run began: then there were {had} prompts "
+            f"{'to evaluate on' if name == 'heldout' else 'to train on'}, {now}; expected the same "
+            "in the same order. Put the list back, or begin another run with what this one "
+            f"trained: `diffusion-grpo export {config.run.output}@N --output FOLDER`, then "
+            "`diffusion-grpo train --model FOLDER` and its options"
+        )
+
+
 def make_directory(
-    config: Config, directory: Path, notes: Sequence[str] = (), *, resume: bool = False
+    config: Config,
+    directory: Path,
+    notes: Sequence[str] = (),
+    *,
+    lists: Mapping[str, ListRecord] | None = None,
+    resume: bool = False,
 ) -> RunLock:
     """Make the run directory with its `config.yaml`, if it is not there.
 
@@ -103,6 +184,7 @@ def make_directory(
         config: the run's.
         directory: of the run.
         notes: what follows from the configuration, written above it as comments.
+        lists: which prompts it has, written down unless that was done before.
         resume: whether there should be a run; it may be made longer.
 
     Returns:
@@ -123,6 +205,8 @@ def make_directory(
                 os.replace(directory / SCRATCH, path)
                 # Of a run that is made longer: what it came to before says that it is finished.
                 (directory / "evaluation.json").unlink(missing_ok=True)
+            if lists is not None and not (directory / PROMPTS_FILE).is_file():
+                write_whole(directory / PROMPTS_FILE, json.dumps(lists, indent=2) + "\n")
             (directory / "samples").mkdir(exist_ok=True)
             stack.pop_all()  # the caller holds it now
         return lock
@@ -133,15 +217,17 @@ def make_directory(
         ) from None
 
 
-def check_alike(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+def check_alike(config: Config, lists: Mapping[str, ListRecord]) -> None:
     """Find out whether all processes are about to do the same run.
+
+    Args:
+        config: the run's.
+        lists: of `describe_lists`.
 
     Raises:
         UsageError: another one has another configuration, or other prompts.
     """
-    sides = (prompts, heldout)
-    ends = [[len(side), side[0].text, side[-1].text] if side else [] for side in sides]
-    said = {"configuration": to_yaml(config), "prompts": ends}
+    said = {"configuration": to_yaml(config), "prompts": lists}
     for number, other in enumerate(processes.exchange(said, "the configuration")):
         for name, value in said.items():
             if other[name] != value:
@@ -152,7 +238,12 @@ def check_alike(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Pro
 
 
 def open_directory(
-    config: Config, directory: Path, notes: Sequence[str], *, resume: bool
+    config: Config,
+    directory: Path,
+    notes: Sequence[str],
+    *,
+    lists: Mapping[str, ListRecord],
+    resume: bool,
 ) -> AbstractContextManager[Any]:
     """Make the run directory (`make_directory`) in the process that writes, for all to use.
 
@@ -161,7 +252,7 @@ def open_directory(
     """
     lock: AbstractContextManager[Any] = contextlib.nullcontext()
     if processes.leads():
-        lock = make_directory(config, directory, notes, resume=resume)
+        lock = make_directory(config, directory, notes, lists=lists, resume=resume)
     processes.wait_for_all("the run directory")
     if not (directory / "config.yaml").is_file():
         raise UsageError(

@@ -153,6 +153,10 @@ class TemplatePrompts(LazyPrompts):
         weight = float(self._shares[number]) / template.count if self.weighted else 1.0
         return Prompt(text, metadata, weight)
 
+    def source(self) -> str:
+        """Return the templates, with the words of their slots."""
+        return repr([template.source() for template in self._templates])
+
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
         """Draw a template in proportion to its weight, then any of its combinations."""
         drawn = []
@@ -191,6 +195,10 @@ class _Expansion:
         _check_metadata(template.metadata, self._slots, self._words, where)
         sizes = (math.perm(len(self._words[name]), asked) for name, asked in self._slots.items())
         self.count = math.prod(sizes)
+
+    def source(self) -> tuple[Template, dict[str, list[Word]]]:
+        """Return the template and the words of its slots."""
+        return self._template, self._words
 
     def __call__(self, number: int) -> tuple[str, dict[str, Any]]:
         chosen: dict[tuple[str, int], Word] = {}

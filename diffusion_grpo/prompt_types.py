@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ class LazyPrompts(Sequence[Prompt]):
 
     def prompt_at(self, index: int) -> Prompt:
         """Return prompt `index`, 0 to N − 1."""
+        raise NotImplementedError
+
+    def source(self) -> str:
+        """Return what the prompts are made of: where it is equal, so are they."""
         raise NotImplementedError
 
     weighted: bool = False
@@ -68,6 +73,11 @@ class ChosenPrompts(LazyPrompts):
         """Return chosen prompt `index`."""
         return self._prompts[int(self._places[index])]
 
+    def source(self) -> str:
+        """Return what the whole list is made of, and a digest of the places."""
+        places = np.asarray(self._places, np.int64).tobytes()
+        return f"{self._prompts.source()} {hashlib.sha256(places).hexdigest()}"
+
     @functools.cached_property
     def _shares(self) -> np.ndarray:
         return weight_shares(self)
@@ -75,6 +85,20 @@ class ChosenPrompts(LazyPrompts):
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
         """Draw indices in proportion to the weights, independently of each other."""
         return rng.choice(len(self), count, p=self._shares).tolist()
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Return a digest that tells a list from any other: of texts, metadata, weights and order.
+
+    Of a list whose prompts are made when they are asked for it is that of what they are made of.
+    """
+    digest = hashlib.sha256()
+    if isinstance(prompts, LazyPrompts):
+        digest.update(prompts.source().encode())
+    else:
+        for prompt in prompts:
+            digest.update(repr((prompt.text, prompt.metadata, prompt.weight)).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def weight_shares(prompts: Sequence[Prompt]) -> np.ndarray:

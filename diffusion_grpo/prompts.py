@@ -11,7 +11,13 @@ import numpy as np
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.prompt_files import describe_prompts, list_prompts, load_prompts
-from diffusion_grpo.prompt_types import ChosenPrompts, LazyPrompts, Prompt, weight_shares
+from diffusion_grpo.prompt_types import (
+    ChosenPrompts,
+    LazyPrompts,
+    Prompt,
+    fingerprint,
+    weight_shares,
+)
 
 __all__ = [
     "ChosenPrompts",
@@ -19,6 +25,7 @@ __all__ = [
     "Prompt",
     "describe_prompts",
     "evaluated_on",
+    "fingerprint",
     "is_held_out",
     "list_prompts",
     "load_heldout",

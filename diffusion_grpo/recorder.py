@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,13 @@ class Recorder:
             UsageError: a tracker that is asked for is not installed.
         """
         self.gallery = Gallery(directory)
+        known = [entry.iteration for entry in self.gallery.entries("evaluation")]
+        # What trackers have already of a run that goes on: its first evaluation and, where that
+        # is done anew, the one that it went on after.
+        self._told = {0, start}.intersection(known) if start else set()
         self.gallery.truncate_after(start, evaluated=evaluated)
         (directory / EARLY_STOP_FILE).unlink(missing_ok=True)
-        self._directory, self._start = directory, start
+        self._directory = directory
         self._prompts = evaluated_on(config.prompts.heldout, config.prompts.heldout_share)
         self._gold = dict(gold or {})
         self._patience, self._keep_best = config.eval.patience, config.eval.keep_best
@@ -115,10 +119,24 @@ class Recorder:
                 if finite.size:
                     tracker.histogram(iteration + 1, f"{label}/distribution", finite)
 
-    def metrics(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Hand an iteration's metrics to the trackers, and refresh the report now and then."""
-        for tracker in self._trackers:
-            tracker.scalars(iteration + 1, metrics)
+    def metrics(
+        self, iteration: int, metrics: Mapping[str, Any], *, known: Collection[str] = ()
+    ) -> None:
+        """Hand an iteration's metrics to the trackers, and refresh the report now and then.
+
+        Args:
+            iteration: counted from 0.
+            metrics: its own, and those of the evaluation after it.
+            known: which of them the trackers have already.
+        """
+        again = iteration + 1 in self._told
+        new = {
+            name: value
+            for name, value in metrics.items()
+            if name not in known and not (again and name.startswith("eval/"))
+        }
+        for tracker in self._trackers if new else ():
+            tracker.scalars(iteration + 1, new)
         self.report()
 
     def evaluation(
@@ -130,8 +148,8 @@ class Recorder:
             done: how many.
             evaluation: what it came to.
             last: after the last iteration. It goes to the trackers here, as the first does; the
-                numbers of others go with the metrics of their iteration. The first of a run that is
-                resumed after an iteration is there already.
+                numbers of others go with the metrics of their iteration. What is there already of a
+                run that is resumed does not go there again.
 
         Returns:
             Its summary: metrics, intervals and, after the first, the comparison with that one.
@@ -152,7 +170,7 @@ class Recorder:
                 summary=summary,
             )
         sheet = contact_sheet(evaluation.images[:64], 256)[0]
-        for tracker in self._trackers if done or not self._start else ():
+        for tracker in () if done in self._told else self._trackers:
             tracker.picture(done, "eval/images", sheet)
             if last or not done:
                 metrics = evaluation.metrics()
@@ -189,7 +207,7 @@ class Recorder:
             where = LOST if self._keep_best else NOT_KEPT
         found = {"iterations": best, "mean": means[best], "by": list(self._gold) or ["total"]}
         text = json.dumps(found | {"model": where}, indent=2)
-        (self._directory / "best.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(self._directory / "best.json", text + "\n")
         what = {"held-out": "held-out mean", "training": "mean over the training prompts"}
         mean = f"{what[self._prompts]} {means[best]:.4f}"
         return f"best {mean} after {best} iterations: {where}"

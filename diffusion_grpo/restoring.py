@@ -12,7 +12,6 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import make_mesh_at_hand, use
 from diffusion_grpo.preparation import load_model
 from diffusion_grpo.pretrained import check_layout, local_directory
-from diffusion_grpo.prompts import load_heldout
 from diffusion_grpo.results import export
 from diffusion_grpo.train import leaves, make_policy_and_learner
 
@@ -21,7 +20,7 @@ def export_checkpoint(run: Path, step: int, place: Path) -> None:
     """Write the model of a run's checkpoint the way `train` writes `final/`.
 
     The run may be in progress: nothing in its directory is changed. It may have been on more
-    devices than there are here.
+    devices than there are here. Its prompts and rewards need not be here.
 
     Args:
         run: the run's directory.
@@ -46,11 +45,12 @@ def export_checkpoint(run: Path, step: int, place: Path) -> None:
             config.model.pretrained, revision=config.model.revision, variant=config.model.variant
         )
         check_layout(source)
-        lists = config.prompts
-        prompts, _ = load_heldout(lists.train, lists.heldout, lists.heldout_share)
+        # The last leaf is the counts of a reward's history, one a prompt, if there are histories.
+        running = config.grpo.advantage == "running"
+        (num_prompts,) = checkpoints.shapes(step)["leaves"][-1] if running else (0,)
         model = load_model(config, source)
         policy, learner, _ = make_policy_and_learner(config, model)
-        state = learner.init(len(prompts))
+        state = learner.init(num_prompts)
         template, structure = template_of(leaves(state)), jax.tree.structure(state)
         del state  # what is read takes its place in memory
         found = checkpoints.read(step, template)

@@ -20,6 +20,7 @@ from diffusion_grpo.lora import lora_factors, merge_lora
 from diffusion_grpo.lora_files import FILE, write_lora
 from diffusion_grpo.mesh import alone, to_host
 from diffusion_grpo.model_card import model_card
+from diffusion_grpo.output_files import whole_folder, write_whole
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.sampling import SamplingDefaults
 from diffusion_grpo.text_encoding import pipeline_parts
@@ -115,8 +116,8 @@ def save_results(config: Config, directory: Path, before: Evaluation, after: Eva
     evaluated = {"before": summarize(before), "after": summarize(after, before)}
     found = {"images": len(before.images), "rewards": summary} | evaluated
     text = json.dumps(found, indent=2, allow_nan=False)
-    (directory / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    (directory / "evaluation.md").write_text(to_markdown("Evaluation", evaluated), encoding="utf-8")
+    write_whole(directory / "evaluation.json", text + "\n")
+    write_whole(directory / "evaluation.md", to_markdown("Evaluation", evaluated))
 
 
 def export(
@@ -140,7 +141,7 @@ def export(
         model: what it started from.
         policy: the network, and what of it is frozen.
         trained: what of it is trained.
-        directory: the new folder.
+        directory: the folder; one that is there stays until the new one is whole.
         run: the run's directory, if the folder is not in it.
     """
     frozen = policy.frozen
@@ -149,11 +150,11 @@ def export(
         trained, frozen = to_host(trained, keep=writes), to_host(frozen, keep=writes)
     if not processes.leads():
         return
-    with alone():
+    with alone(), whole_folder(directory) as folder:
         parts = pipeline_parts(policy.network(trained, frozen))
         if config.model.trainable == "lora":
             factors = {name: lora_factors(part) for name, part in parts.items()}
-            write_lora(factors, directory / "lora" / FILE)
+            write_lora(factors, folder / "lora" / FILE)
         for part in parts.values():
             merge_lora(part, dtype=jnp.float32)
         sampling = SamplingDefaults(
@@ -164,11 +165,11 @@ def export(
             config.rollout.height,
             config.rollout.width,
         )
-        dataclasses.replace(model, sampling=sampling, **parts).save_pretrained(directory)
+        dataclasses.replace(model, sampling=sampling, **parts).save_pretrained(folder)
         card = model_card(
             run or directory.parent,
             "diffusers",
             sampling,
             clip_sample=model.scheduler_config.clip_sample,
         )
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -72,6 +72,7 @@ class RunOutput:
             rows = [row for row in read_metrics(log.path) if row["iteration"] == start - 1]
             self._last = {key: value for row in rows for key, value in row.items()}
             self._last.pop("iteration", None)
+        self._known = tuple(self._last)  # what trackers have of it
         self._progress = Progress(
             config.run.iterations,
             start=start,
@@ -216,10 +217,11 @@ class RunOutput:
     def metrics(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of an iteration, in the place of what was written of it before."""
         if self._log is not None and self._recorder is not None:
-            if iteration < self._start:
+            again = iteration < self._start
+            if again:
                 self._log.truncate_after(iteration - 1)
             self._log.write(iteration, metrics)
-            self._recorder.metrics(iteration, metrics)
+            self._recorder.metrics(iteration, metrics, known=self._known if again else ())
 
     def samples(self, done: int, images: Any, prompts: Sequence[str], mean: float) -> None:
         """Write the grid of an iteration's images, group by group, reduced to about `GRID_SIDE`.

@@ -6,6 +6,7 @@ Those of the loss and the optimizer are in `learning_sections`.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from typing import Annotated, ClassVar, Literal
 
@@ -265,7 +266,7 @@ class RunConfig(Section):
     section_name: ClassVar[str] = "run"
 
     output: Annotated[str, tyro.conf.arg(aliases=["--output"])] = "runs/grpo"
-    """Directory of the run; it must not hold another one."""
+    """Directory of the run, ~ for the home folder; it must not hold another one."""
     iterations: Annotated[int, tyro.conf.arg(aliases=["--iterations"])] = 100
     """Iterations, each a rollout and its updates."""
     seed: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 0
@@ -291,5 +292,7 @@ class RunConfig(Section):
         """Reject values that no run can use."""
         super().__post_init__()
         self.require(bool(self.output.strip()), "output", "a directory")
+        # A shell leaves the ~ of --output=~/runs/x, and nothing else expands that of a YAML file.
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
         self.require_positive("iterations", "log_every", "keep_checkpoints")
         self.require_non_negative("seed", "save_every", "sample_every", "max_nonfinite")

@@ -297,6 +297,9 @@ def write_file(entries: Mapping[str, Entry], file: Path) -> None:
     Args:
         entries: name → entry.
         file: where.
+
+    Raises:
+        OSError: it cannot be written; the error says why, and names it.
     """
     codes = {np.dtype(dtype): code for code, dtype in _CODES.items()}
     # Every tensor must start at a multiple of its item size; else by name, as the library has it.
@@ -313,8 +316,12 @@ def write_file(entries: Mapping[str, Entry], file: Path) -> None:
         offset = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        for entry in ordered.values():
-            np.ascontiguousarray(entry.read()).tofile(stream)
+    try:
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little"))
+            stream.write(text)
+            for entry in ordered.values():  # an error of `tofile` would not say why
+                stream.write(np.ascontiguousarray(entry.read()).reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        error.filename = str(file)
+        raise

@@ -19,6 +19,7 @@ from diffusion_grpo.config import Config
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.installing import install_command
 from diffusion_grpo.metrics import to_number
+from diffusion_grpo.output_files import write_whole
 
 
 @runtime_checkable
@@ -155,7 +156,7 @@ class WeightsAndBiases:
 
         remembered = directory / "wandb_id"
         if not remembered.is_file():
-            remembered.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            write_whole(remembered, uuid.uuid4().hex[:12])
         self._wandb = wandb
         self._run = wandb.init(
             project=config.run.wandb_project,

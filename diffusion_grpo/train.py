@@ -49,9 +49,12 @@ from diffusion_grpo.pipeline import TrainablePolicy, latent_shape, make_decoder,
 from diffusion_grpo.preparation import (
     check_alike,
     check_directory,
+    check_lists,
     check_prompts,
+    describe_lists,
     load_model,
     lora_options,
+    named_by,
     open_directory,
 )
 from diffusion_grpo.pretrained import StableDiffusion, check_layout, local_directory
@@ -97,9 +100,9 @@ def train(
         verbose: show every iteration.
 
     Returns:
-        The evaluations before and after. The run directory holds `config.yaml`, `metrics.jsonl`,
-        `events.jsonl`, `samples/`, `checkpoints/`, `evaluation.json` and `final/`, the exported
-        pipeline.
+        The evaluations before and after. The run directory holds `config.yaml`, `prompts.json`,
+        `metrics.jsonl`, `events.jsonl`, `samples/`, `checkpoints/`, `evaluation.json` and `final/`,
+        the exported pipeline.
 
     Raises:
         UsageError: something asked for cannot be done; found before any work where it can be.
@@ -117,19 +120,26 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     """Do what `train` says, on the devices of the context."""
     # What can be wrong is found first, cheapest first.
     sources = config.prompts
-    prompts, heldout = load_heldout(sources.train, sources.heldout, sources.heldout_share)
-    gold_specs = config.gold_rewards()
-    source = local_directory(
-        config.model.pretrained, revision=config.model.revision, variant=config.model.variant
-    )
-    check_layout(source)
-    check_alike(config, prompts, heldout)
     directory = Path(config.run.output)
+    origin = directory / "config.yaml" if resume else None
+    with named_by(origin):
+        prompts, heldout = load_heldout(sources.train, sources.heldout, sources.heldout_share)
+    lists = describe_lists(prompts, heldout)
+    check_alike(config, lists)
     if leads():
         check_directory(config, resume)
+        if resume:
+            check_lists(config, lists)
+    with named_by(origin):
+        source = local_directory(
+            config.model.pretrained, revision=config.model.revision, variant=config.model.variant
+        )
+        check_layout(source)
     settings = config.reward_settings()
-    rewards = load_rewards(config.training_rewards(), **settings)
-    gold = load_rewards(gold_specs, **settings) if gold_specs else None
+    gold_specs = config.gold_rewards()
+    with named_by(origin):
+        rewards = load_rewards(config.training_rewards(), **settings)
+        gold = load_rewards(gold_specs, **settings) if gold_specs else None
     check_prompts(config, prompts, heldout, rewards, gold)
     check_trackers(config)
     with phase("loading the model"):
@@ -147,7 +157,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     at_once = prompts_at_once(model)
 
     # The directory, and what a run before left there.
-    lock = open_directory(config, directory, learner.notes, resume=resume)
+    lock = open_directory(config, directory, learner.notes, lists=lists, resume=resume)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep=config.run.keep_checkpoints, writes=leads()
     )

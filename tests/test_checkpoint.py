@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_grpo.checkpoint import Checkpoints, checksums, template_of
+from diffusion_grpo.checkpoint import QUALITY, Checkpoints, checksums, template_of
 from diffusion_grpo.errors import RunError, UsageError
 
 # Orbax leaves coroutines that it never awaited where an array cannot be read.
@@ -119,6 +119,27 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage):
     checkpoints.wait()
     assert checkpoints.restore(tree(0)).step == 8
     checkpoints.close()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"qual', b"{}", b"[]", b'{"quality": "good"}'])
+def test_a_damaged_quality_costs_no_checkpoint(tmp_path, content):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step, quality in ((1, 0.9), (2, 0.1), (3, 0.2)):
+        checkpoints.save(step, tree(step), quality=quality)
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "1" / QUALITY).write_bytes(content)
+    with pytest.raises(UsageError, match=r"1/metrics/metrics is damaged.* Delete this file"):
+        Checkpoints(tmp_path / "checkpoints", visits=True)
+    assert (tmp_path / "checkpoints" / "1" / QUALITY).read_bytes() == content
+    again = Checkpoints(tmp_path / "checkpoints")
+    step, found, notes = again.restore(tree(0))
+    assert step == 3
+    assert_is(found, 3)
+    (note,) = notes
+    assert f"the quality of checkpoint {tmp_path / 'checkpoints' / '1'} was damaged" in note
+    again.save(4, tree(4))
+    again.close()
+    assert again.steps == [3, 4]
 
 
 def test_where_none_can_be_read_each_is_named(tmp_path):

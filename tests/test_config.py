@@ -364,6 +364,13 @@ def test_whole_numbers_and_lists_become_what_the_fields_hold():
     assert hash(section) == hash(ModelConfig(lora_alpha=16.0, lora_targets=("to_q",)))
 
 
+def test_the_home_folder_in_the_output_is_the_user_s(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (tmp_path / "mine.yaml").write_text("run: {output: ~/runs/mine}\n")
+    assert load_config(str(tmp_path / "mine.yaml")).run.output == "/home/somebody/runs/mine"
+    assert load_config(None, ["--output=~/x~"]).run.output == "/home/somebody/x~"
+
+
 def test_configs_are_frozen_and_updates_leave_the_base_alone():
     before = to_yaml(PRESETS["demo"])
     from_dict({"grpo": {"beta": 0.5}}, base=PRESETS["demo"])

@@ -1,5 +1,6 @@
 """A LoRA run's model in every form, as Diffusers loads it, and adapters in `sample`."""
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file
 from tiny_run import config
 from torch_checkpoints import TOKENS, TWO_LEVELS, WIDTH, write_pipeline
 
+from diffusion_grpo.checkpoint import Checkpoints
 from diffusion_grpo.cli import main
 from diffusion_grpo.config import load_config, to_yaml
 from diffusion_grpo.lora_files import FILE
@@ -29,7 +31,7 @@ from diffusion_grpo.preparation import load_model, lora_options
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.results import export as export_final
 from diffusion_grpo.sampling import SamplingDefaults
-from diffusion_grpo.train import train
+from diffusion_grpo.train import leaves, make_policy_and_learner, train
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,25 @@ def test_an_adapter_too_small_for_bfloat16_is_not_lost_in_a_bfloat16_run(checkpo
         assert 0 < np.linalg.norm(change) < 5e-3 * np.linalg.norm(held)
         found = written[f"{path}.weight"].double().numpy() - held
         np.testing.assert_allclose(found, change, atol=1e-2 * np.abs(change).max())
+
+
+def test_a_model_that_could_not_be_written_leaves_the_one_before(checkpoint, tmp_path, monkeypatch):
+    settings = config(checkpoint, tmp_path, model__trainable="lora")
+    (tmp_path / "config.yaml").write_text(to_yaml(settings))
+    model = load_model(settings, checkpoint)
+    policy = make_policy(model, guidance_scale=1.0, lora=lora_options(settings))
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "before").touch()
+
+    def full(model, directory):
+        assert (directory / "lora" / FILE).is_file()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(StableDiffusion, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_final(settings, model, policy, policy.trained, tmp_path / "best")
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["before"]
+    assert not list(tmp_path.glob("best.*"))
 
 
 def test_the_pipeline_in_half_precision(finished, tmp_path):
@@ -294,6 +315,30 @@ def test_a_checkpoint_is_the_model_that_a_run_of_as_many_iterations_ends_with(
     adapter = export(f"{finished}@1", tmp_path / "adapter", "--format", "lora") / FILE
     assert adapter.read_bytes() == (tmp_path / "run" / "final" / "lora" / FILE).read_bytes()
     assert sorted(path for path in finished.rglob("*")) == before
+
+
+def test_a_checkpoint_is_exported_where_the_run_s_prompts_and_rewards_are_not(checkpoint, tmp_path):
+    changed = {
+        "model__trainable": "full",
+        "grpo__advantage": "running",  # whose history is as long as the list of prompts
+        "reward__rewards": tmp_path / "gone.py",
+    }
+    settings = config(checkpoint, tmp_path, **changed)
+    (tmp_path / "prompts.txt").unlink()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(settings))
+    policy, learner, _ = make_policy_and_learner(settings, load_model(settings, checkpoint))
+    state = learner.init(3)
+    trained = jax.tree.map(lambda leaf: leaf + 1, state.train.params)
+    state = state._replace(train=state.train._replace(params=trained, average=None))
+    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints.save(4, leaves(state))
+    checkpoints.close()
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    found = load_file(export(f"{run}@4", tmp_path / "out") / weights)
+    for name, value in load_file(checkpoint / weights).items():
+        np.testing.assert_array_equal(found[name], value + 1)
 
 
 def test_a_run_of_more_devices_is_exported_on_one(finished, tmp_path):

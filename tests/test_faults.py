@@ -2,8 +2,11 @@
 
 import errno
 import gc
+import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -23,6 +26,8 @@ from diffusion_grpo.errors import RunError
 from diffusion_grpo.faults import phase
 from diffusion_grpo.learning import GRPOLearner
 from diffusion_grpo.optim import TrainState, make_update
+from diffusion_grpo.preparation import check_lists, describe_lists, make_directory
+from diffusion_grpo.prompts import load_prompts
 from diffusion_grpo.run_lock import RunLock
 from diffusion_grpo.train import train
 
@@ -56,6 +61,95 @@ def before_the_update(monkeypatch, number, action):
         return result
 
     monkeypatch.setattr(train_module, "image_advantages", wrapped)
+
+
+@pytest.mark.parametrize("where", ["load_model", "open_directory"])
+def test_a_run_that_is_preempted_as_it_starts_is_to_be_started_again(
+    where, checkpoint, tmp_path, monkeypatch, capsys
+):
+    words, run = flags(checkpoint, tmp_path), tmp_path / "run"
+    original = getattr(train_module, where)
+
+    def preempted(*arguments, **options):
+        found = original(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    def unheeded(*_):
+        raise AssertionError("SIGTERM would have killed it")
+
+    monkeypatch.setattr(train_module, where, preempted)
+    before = signal.signal(signal.SIGTERM, unheeded)
+    try:
+        assert main(["train", *words]) == 75
+        assert signal.getsignal(signal.SIGTERM) is unheeded
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    again = words
+    if where == "open_directory":
+        again = ["--resume", str(run)]
+        begun = json.loads((run / "prompts.json").read_text())
+        assert [begun[side]["prompts"] for side in ("train", "heldout")] == [3, 3]
+    told = f"stopped; go on with: {shlex.join(['diffusion-grpo', 'train', *again])}"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "told"),
+    [
+        ("train", "a red circle\na blue square\n", "there were 3 prompts to train on, now 2"),
+        ("train", "a red circle\na blue star\ntwo green stars\n", "now as many, but not the same"),
+        ("heldout", "a blue star\n", "there were 2 prompts to evaluate on, now 1"),
+    ],
+)
+def test_a_run_whose_prompts_were_edited_is_not_gone_on_with(field, text, told, tmp_path, capsys):
+    heldout, run = tmp_path / "heldout.txt", tmp_path / "run"
+    heldout.write_text("a blue star\na red star\n")
+    settings = config(tmp_path / "pipeline", tmp_path, prompts__heldout=heldout)
+    files = {"train": tmp_path / "prompts.txt", "heldout": heldout}
+    lists = describe_lists(*map(load_prompts, map(str, files.values())))
+    with make_directory(settings, run, lists=lists):
+        pass
+    for file in files.values():  # the prompts are the same
+        file.write_text("# a comment\n\n" + file.read_text())
+    check_lists(settings, describe_lists(*map(load_prompts, map(str, files.values()))))
+    files[field].write_text(text)
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert f"prompts.{field} is {str(files[field])!r}, which has been edited" in message
+    assert told in message and "Put the list back, or begin another run" in message
+    (run / "prompts.json").write_text('{"train"')
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "does not say which prompts the run began with" in capsys.readouterr().err
+
+
+def test_of_a_run_that_was_moved_it_is_told_where_to_name_what_is_elsewhere_now(tmp_path, capsys):
+    run, place = tmp_path / "run", tmp_path / "run" / "config.yaml"
+    with make_directory(config(tmp_path / "pipeline", tmp_path), run):
+        pass
+    told = f"(named by {place}, where what has moved is to be named anew)"
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert f"checkpoint '{tmp_path / 'pipeline'}': no such directory" in message and told in message
+    (tmp_path / "prompts.txt").unlink()
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert f"prompts '{tmp_path / 'prompts.txt'}': no such list" in message and told in message
+    for words in (["compare", str(run)], ["evaluate", str(run), "--reward", "jpeg_size"]):
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert f"named by {place}" in message and "by --prompts NAME|FILE" in message
+
+
+def test_a_directory_in_use_is_refused_before_the_checkpoint_is_asked_for(
+    tmp_path, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(train_module, "local_directory", lambda *words, **_: asked.append(words))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    assert main(["train", *flags(tmp_path / "pipeline", tmp_path)]) == 2
+    assert "holds other files" in capsys.readouterr().err and not asked
 
 
 @pytest.mark.parametrize("broken", ["gradient", "loss"])

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+from recorded_run import record_run
 
+from diffusion_grpo.cli import main
 from diffusion_grpo.commands import sample
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.output_files import check_output
+from diffusion_grpo.output_files import check_output, whole_folder
 
 
 def test_a_file_that_can_be_written_is_returned(tmp_path):
@@ -44,3 +46,34 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
         sample.run([*words, str(tmp_path / "deep" / "er")])
     with pytest.raises(UsageError, match=r"there.json is no folder"):
         sample.run([*words, str(tmp_path / "there.json" / "x")])
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, capsys):
+    run = record_run(tmp_path / "run", iterations=2, heldout=4, evaluate_every=1)
+    (tmp_path / "strip.png").symlink_to("/dev/full")
+    assert main(["compare", str(run), "--strip", str(tmp_path / "strip.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device; make room on the disk, or write elsewhere" in line
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.*")}
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    with whole_folder(tmp_path / "runs" / "best") as folder:
+        (folder / "a.txt").write_text("1")
+        (folder / "b.txt").write_text("1")
+    first = {"best/a.txt": "1", "best/b.txt": "1"}
+    assert files(tmp_path / "runs") == first
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "runs" / "best") as folder:
+        (folder / "a.txt").write_text("2")
+        assert (tmp_path / "runs" / "best" / "a.txt").read_text() == "1"
+        raise KeyboardInterrupt
+    assert files(tmp_path / "runs") == first
+    for end in ("tmp", "old"):  # left by a kill
+        (tmp_path / "runs" / f"best.{end}").mkdir()
+        (tmp_path / "runs" / f"best.{end}" / "c.txt").write_text("0")
+    with whole_folder(tmp_path / "runs" / "best") as folder:
+        (folder / "a.txt").write_text("3")
+    assert files(tmp_path / "runs") == {"best/a.txt": "3"}

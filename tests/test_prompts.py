@@ -10,6 +10,7 @@ from diffusion_grpo.config import PRESETS
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.prompts import (
     Prompt,
+    fingerprint,
     is_held_out,
     list_prompts,
     load_heldout,
@@ -295,6 +296,44 @@ def test_prompts_are_drawn_in_proportion_to_their_weights(tmp_path):
     total = sum(prompt.weight for prompt in train)
     for prompt in train:
         assert abs(_share(train, prompt.text) - prompt.weight / total) < 0.05
+
+
+def test_a_fingerprint_tells_lists_apart_by_all_that_a_run_takes_from_them():
+    def made(*prompts):
+        return fingerprint([Prompt(*prompt) for prompt in prompts])
+
+    same = ("a fox", {"count": 1}, 2.0), ("a hen", {}, 1.0)
+    others = [
+        (same[0],),
+        same[::-1],
+        (("a box", {"count": 1}, 2.0), same[1]),
+        (("a fox", {"count": 2}, 2.0), same[1]),
+        (("a fox", {"count": 1}, 3.0), same[1]),
+    ]
+    assert len({made(*prompts) for prompts in (same, *others)}) == 6
+    assert made(*same) == made(*same)
+
+
+def test_a_fingerprint_of_templates_is_of_templates_and_words(tmp_path):
+    def made(templates, words, share=0.0):
+        path = tmp_path / "list.yaml"
+        path.write_text(json.dumps({"templates": templates, "slots": {"bird": words}}))
+        prompts = load_prompts(path)
+        return fingerprint(split_prompts(prompts, share)[0] if share else prompts)
+
+    lists = [
+        (["a {bird}"], ["hen", "wren", "owl", "tit"]),
+        (["a {bird}"], ["hen", "wren", "owl", "jay"]),
+        (["the {bird}"], ["hen", "wren", "owl", "tit"]),
+        ([{"text": "a {bird}", "weight": 2}], ["hen", "wren", "owl", "tit"]),
+        ([{"text": "a {bird}", "metadata": {"n": 1}}], ["hen", "wren", "owl", "tit"]),
+    ]
+    found = {made(*each) for each in lists} | {made(*lists[0], share=0.5)}
+    assert len(found) == 6
+    assert made(*lists[0]) == made(*lists[0])
+    # of more combinations than could be made one by one
+    huge = "a {color} {animal} and {a color#2} {animal#2} and {a color#3} {animal#3}"
+    assert fingerprint(load_prompts(huge)) == fingerprint(load_prompts(huge))
 
 
 def test_split_is_stable_when_the_list_grows_and_is_near_its_share():

@@ -231,6 +231,26 @@ def test_a_resumed_run_does_not_log_its_untrained_model_again(tmp_path):
     assert len(read.Images("eval/images")) == 1
 
 
+@pytest.mark.parametrize("ended", [True, False], ids=["made longer", "stopped within it"])
+def test_trackers_have_an_evaluation_once_that_is_done_anew(ended, tmp_path):
+    row = {"reward/mean": 0.25}
+    with Recorder(config(tmp_path), tmp_path) as recorder:
+        recorder.evaluation(0, evaluation([0.25, 0.25]))
+        recorder.metrics(1, row)
+        if ended:
+            recorder.evaluation(2, evaluation([0.5, 0.5]), last=True)
+    time.sleep(1.1)
+    with Recorder(config(tmp_path), tmp_path, start=2, evaluated=False) as recorder:
+        recorder.evaluation(0, evaluation([0.25, 0.25]))
+        recorder.evaluation(2, evaluation([0.5, 0.5]))
+        recorder.metrics(1, row | {"eval/reward/mean": 0.5}, known=row)
+        recorder.metrics(2, row)
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("eval/reward/mean")] == [(0, 0.25), (2, 0.5)]
+    assert [e.step for e in read.Scalars("reward/mean")] == [2, 3]
+    assert [e.step for e in read.Images("eval/images")] == [0, 2]
+
+
 def test_tensorboard_has_histograms_and_pictures(tmp_path):
     board = TensorBoard(tmp_path)
     board.histogram(2, "reward/distribution", np.array([0.0, 1.0, 1.0, 4.0]))

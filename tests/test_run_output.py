@@ -4,11 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion_grpo import run_output
 from diffusion_grpo.config import Config, RolloutConfig, RunConfig
 from diffusion_grpo.grids import image_grid
-from diffusion_grpo.metrics import MetricsLog
+from diffusion_grpo.metrics import MetricsLog, read_metrics
 from diffusion_grpo.run_output import RunOutput
 
 
@@ -51,3 +52,19 @@ def test_a_grid_that_is_small_enough_stays_as_it_is(grid):
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     expected = image_grid(images, ["a", "b"], columns=2, title="iteration 3: reward 0.5000")
     assert (grid(images, ["a", "b"]) == np.asarray(expected)).all()
+
+
+def test_trackers_have_no_metric_again_that_an_evaluation_is_added_to(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write(4, {"reward/mean": 0.5})
+    config = Config(run=RunConfig(output=str(tmp_path), report=False, tensorboard="on"))
+    with RunOutput(config, tmp_path, log, start=5, quiet=True, verbose=False) as output:
+        metrics = output.unevaluated()
+        assert metrics == {"reward/mean": 0.5}
+        metrics["eval/reward/mean"] = 0.25
+        output.metrics(4, metrics)
+    assert read_metrics(tmp_path) == [
+        {"iteration": 4, "reward/mean": 0.5, "eval/reward/mean": 0.25}
+    ]
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert read.Tags()["scalars"] == ["eval/reward/mean"]

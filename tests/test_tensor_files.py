@@ -1,6 +1,8 @@
 """Reading and writing safetensors one tensor at a time, against the safetensors library."""
 
+import errno
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -48,6 +50,13 @@ def test_the_library_reads_our_files(tmp_path):
     entries = {k: Entry(v.shape, v.dtype, lambda v=v: v) for k, v in _tensors().items()}
     write_file(entries, tmp_path / "x.safetensors")
     _assert_same(_tensors(), load_file(tmp_path / "x.safetensors"))
+
+
+def test_a_full_disk_is_told_as_such():
+    entries = {"a": Entry((9000,), np.dtype(np.float32), lambda: np.zeros(9000, np.float32))}
+    with pytest.raises(OSError) as caught:
+        write_file(entries, Path("/dev/full"))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
 def test_our_files_are_those_of_the_library_byte_by_byte(tmp_path):

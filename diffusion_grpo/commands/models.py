@@ -100,7 +100,13 @@ def run_prompts(words: Sequence[str]) -> RunPrompts | None:
                 )
             share = lists.get("heldout_share", 0.0)
             heldout = lists.get("heldout")
-            prompts = load_heldout(lists["train"], heldout, share)[1]
+            try:
+                prompts = load_heldout(lists["train"], heldout, share)[1]
+            except UsageError as error:
+                raise UsageError(
+                    f"{error} (named by {found.run / 'config.yaml'}; where it is not at hand, give "
+                    "prompts by --prompts NAME|FILE)"
+                ) from None
             return RunPrompts(prompts, evaluated_on(heldout, share))
     return None
 
