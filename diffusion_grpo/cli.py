@@ -133,6 +133,7 @@ def _train(words: list[str]) -> int:
 
 def _run(words: list[str]) -> None:
     from diffusion_grpo.config import load_config
+    from diffusion_grpo.run_models import with_found_model
 
     loudness = {name: f"--{name}" in words for name in ("quiet", "verbose")}
     if all(loudness.values()):
@@ -143,7 +144,7 @@ def _run(words: list[str]) -> None:
         config, resume = _resumed(words[1:]), True
     else:
         start = words.pop(0) if words and not words[0].startswith("-") else None
-        config, resume = load_config(start, words), False
+        config, resume = with_found_model(load_config(start, words)), False
     from diffusion_grpo.interrupt import preemptible
     from diffusion_grpo.processes import leads
 

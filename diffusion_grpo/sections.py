@@ -27,7 +27,8 @@ class ModelConfig(Section):
     section_name: ClassVar[str] = "model"
 
     pretrained: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "shapes-diffusion"
-    """Checkpoint in the Diffusers layout: a directory, an embedded name, or a hub id."""
+    """Checkpoint in the Diffusers layout: a directory, an embedded name, or a hub id. A command
+    also takes a run, for the model that it trained, and RUN@best."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository; None takes its main branch."""
     variant: str | None = None

@@ -24,7 +24,6 @@ from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo import cli
 from diffusion_grpo.cli import main
-from diffusion_grpo.commands.models import find_model, reward_options
 from diffusion_grpo.commands.view import make_server
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
@@ -33,6 +32,7 @@ from diffusion_grpo.pipeline import generate
 from diffusion_grpo.plan import USABLE
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.report import report_data
+from diffusion_grpo.run_models import find_model, reward_options
 
 
 def read(path):

@@ -15,10 +15,10 @@ from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 from diffusion_grpo.cli import main
 from diffusion_grpo.commands.compare import _labels
-from diffusion_grpo.commands.models import Source, find_model, find_models, run_prompts
 from diffusion_grpo.config import to_yaml
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.prompts import load_prompts
+from diffusion_grpo.run_models import Source, find_model, find_models, run_prompts
 from diffusion_grpo.sampling import SamplingDefaults, write_sampling
 
 UNET = "unet/diffusion_pytorch_model"
@@ -96,6 +96,31 @@ def test_the_base_has_the_revision_and_variant_of_its_run(tmp_path, checkpoint):
     (run / "config.yaml").write_text("[]")
     with pytest.raises(UsageError, match="config.yaml is not the configuration of a run"):
         find_model(f"{run}@base")
+
+
+def test_a_run_begins_with_the_model_of_another(tmp_path, checkpoint, monkeypatch, capsys):
+    changed = {"model__revision": "v2", "model__variant": "non_ema"}
+    run = write_run(tmp_path, "owner/name", **changed)
+    seen = []
+
+    def begin(config, **_):
+        seen.append((config.model.pretrained, config.model.revision, config.model.variant))
+        raise UsageError("begun")
+
+    monkeypatch.setattr("diffusion_grpo.train.train", begin)
+    words = ["train", "demo", "--run.output", str(tmp_path / "new")]
+    assert main([*words, "--model", str(run)]) == 2
+    assert "the run has no final/; wait for its end" in capsys.readouterr().err and not seen
+    shutil.copytree(checkpoint, run / "final")
+    for word in (str(run), f"{run}@base", str(checkpoint)):
+        assert main([*words, "--model", word]) == 2
+    assert seen == [
+        (str(run / "final"), None, None),
+        ("owner/name", "v2", "non_ema"),
+        (str(checkpoint), None, None),
+    ]
+    assert main(["plan", "demo", "--model", str(run)]) == 0
+    assert f"1 x cpu, {run / 'final'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

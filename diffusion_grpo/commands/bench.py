@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_grpo.commands.common import Talk, parse
-from diffusion_grpo.commands.models import find_models
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.output_files import check_output
+from diffusion_grpo.run_models import find_models
 
 # What is small enough to be measured in seconds to minutes; flags change it.
 GEOMETRIES: dict[str, dict[str, dict[str, Any]]] = {

@@ -11,12 +11,6 @@ import numpy as np
 import tyro
 
 from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
-from diffusion_grpo.commands.models import (
-    find_models,
-    reward_options,
-    run_model,
-    run_prompts,
-)
 from diffusion_grpo.comparison import comparison_grid, time_lapse_frames, time_lapse_strip
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
@@ -29,6 +23,12 @@ from diffusion_grpo.images import (
     save_image,
 )
 from diffusion_grpo.report import different_names
+from diffusion_grpo.run_models import (
+    find_models,
+    reward_options,
+    run_model,
+    run_prompts,
+)
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler, read_sampling
 
 # What has a say in a time-lapse.

@@ -17,9 +17,9 @@ from diffusion_grpo.commands.common import (
     parse,
     read_prompts,
 )
-from diffusion_grpo.commands.models import find_models, reward_options, run_prompts
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.output_files import check_output
+from diffusion_grpo.run_models import find_models, reward_options, run_prompts
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
 

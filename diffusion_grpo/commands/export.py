@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import tyro
 
 from diffusion_grpo.commands.common import Talk, parse
-from diffusion_grpo.commands.models import find_model
 from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.run_models import find_model
 
 FORMATS = ("diffusers", "lora", "kohya", "merged")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -40,8 +40,9 @@ def run(words: Sequence[str]) -> list[Path]:
     from diffusion_grpo.config import load_config
     from diffusion_grpo.plan import USABLE, make_plan, table
     from diffusion_grpo.published import find_architecture
+    from diffusion_grpo.run_models import with_found_model
 
-    config = load_config(start, rest, prog="diffusion-grpo plan")
+    config = with_found_model(load_config(start, rest, prog="diffusion-grpo plan"))
     device = find_device(device_name)
     model = find_architecture(config.model.pretrained, revision=config.model.revision)
     plan = make_plan(config, model, device, int(count))

@@ -14,7 +14,6 @@ import numpy as np
 import tyro
 
 from diffusion_grpo.commands.common import Talk, check_counts, check_dtype, parse, read_prompts
-from diffusion_grpo.commands.models import find_models
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.grids import TEXT_SIZE, image_grid
 from diffusion_grpo.images import (
@@ -24,6 +23,7 @@ from diffusion_grpo.images import (
     save_image,
     to_image,
 )
+from diffusion_grpo.run_models import find_models
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.prompts import Prompt, evaluated_on, load_heldout
+
+if TYPE_CHECKING:
+    from diffusion_grpo.config import Config
 
 
 class Source(NamedTuple):
@@ -178,6 +182,21 @@ def find_models(
         source if own else source._replace(**given)
         for own, source in zip(trained, sources, strict=True)
     ]
+
+
+def with_found_model(config: Config) -> Config:
+    """Return a new run's configuration with the checkpoint that its `model.pretrained` means.
+
+    Args:
+        config: whose `model.pretrained` may be a word as `find_model` takes it.
+
+    Raises:
+        UsageError: as `find_models`.
+    """
+    model = config.model
+    found = find_models([model.pretrained], revision=model.revision, variant=model.variant)[0]
+    place = dict(zip(("pretrained", "revision", "variant"), found, strict=True))
+    return dataclasses.replace(config, model=dataclasses.replace(model, **place))
 
 
 def _check_final_is_best(word: str, run: Path) -> None:
