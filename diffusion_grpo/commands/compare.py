@@ -23,12 +23,7 @@ from diffusion_grpo.images import (
     save_image,
 )
 from diffusion_grpo.report import different_names
-from diffusion_grpo.run_models import (
-    find_models,
-    reward_options,
-    run_model,
-    run_prompts,
-)
+from diffusion_grpo.run_models import find_models, reward_options, run_model, run_prompts
 from diffusion_grpo.sampling import SamplingDefaults, check_sampler, read_sampling
 
 # What has a say in a time-lapse.
