@@ -7,6 +7,7 @@ tensor names. Safetensors only: nothing here can execute what it reads.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,18 @@ def local_directory(
             "network, HF_TOKEN for a private repository, or download it first and give the "
             "directory"
         ) from None
+
+
+def commit_of(name_or_path: str | Path, directory: Path) -> str | None:
+    """Return the commit that a checkpoint was read at, or None if it is of no hub repository.
+
+    Args:
+        name_or_path: as `local_directory` takes it.
+        directory: what it returned; the hub's cache names it by the commit.
+    """
+    if isinstance(resolve_checkpoint(name_or_path), Path):
+        return None
+    return directory.name if re.fullmatch("[0-9a-f]{40}", directory.name) else None
 
 
 def _without_variant(directory: Path, variant: str | None, name: str) -> list[str]:

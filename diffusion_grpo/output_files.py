@@ -82,3 +82,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def emptied_on_failure(folder: Path) -> Iterator[None]:
+    """Remove what was written into a new or empty folder if not all of it could be.
+
+    So the next try finds the folder as this one did. The folder itself stays if it was there: it
+    may be where a disk is mounted.
+    """
+    there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        if not there:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffusion_grpo import processes
+from diffusion_grpo.components import commit_of
 from diffusion_grpo.config import Config, load_config, to_yaml
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.output_files import write_whole
@@ -260,6 +262,22 @@ def open_directory(
             "process 0 has made it; expected a folder that all processes share: set --run.output"
         )
     return lock
+
+
+def at_commit(config: Config, source: Path) -> Config:
+    """Return a run's configuration with the commit of its hub repository as its revision.
+
+    So a run that is resumed, exported or compared with its base reads the model that it began
+    with, whatever its branch holds by then.
+
+    Args:
+        config: the run's.
+        source: where its checkpoint was found, of `local_directory`.
+    """
+    commit = commit_of(config.model.pretrained, source)
+    if commit is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, revision=commit))
 
 
 def load_model(config: Config, source: Path) -> StableDiffusion:

@@ -30,7 +30,8 @@ class ModelConfig(Section):
     """Checkpoint in the Diffusers layout: a directory, an embedded name, or a hub id. A command
     also takes a run, for the model that it trained, and RUN@best."""
     revision: str | None = None
-    """Branch, tag or commit of a hub repository; None takes its main branch."""
+    """Branch, tag or commit of a hub repository; None takes its main branch. A run writes down the
+    commit, and goes on with it."""
     variant: str | None = None
     """Variant of the weight files to read, such as fp16; None takes those without one."""
     clip_skip: int = 0

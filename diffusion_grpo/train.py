@@ -47,6 +47,7 @@ from diffusion_grpo.metrics import MetricsLog
 from diffusion_grpo.microbatches import decoded_and_scored
 from diffusion_grpo.pipeline import TrainablePolicy, latent_shape, make_decoder, make_policy
 from diffusion_grpo.preparation import (
+    at_commit,
     check_alike,
     check_directory,
     check_lists,
@@ -135,6 +136,8 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             config.model.pretrained, revision=config.model.revision, variant=config.model.variant
         )
         check_layout(source)
+    config = at_commit(config, source)
+    check_alike(config, lists)
     settings = config.reward_settings()
     gold_specs = config.gold_rewards()
     with named_by(origin):

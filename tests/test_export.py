@@ -388,6 +388,28 @@ def test_what_cannot_be_exported_is_refused(words, message, finished, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["a new folder", "an empty folder"])
+def test_what_could_not_be_exported_whole_leaves_the_folder_as_it_was(
+    there, finished, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "above" / "out"
+    if there:
+        output.mkdir(parents=True)
+    words = ["export", str(finished), "--output", str(output), "--quiet"]
+    card = model_card
+
+    def no_room(*args, **kwargs):
+        assert (output / "unet").is_dir() and (output / "model_index.json").is_file()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffusion_grpo.model_card.model_card", no_room)
+    assert main(words) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert output.exists() == there and not (there and any(output.iterdir()))
+    monkeypatch.setattr("diffusion_grpo.model_card.model_card", card)
+    assert main(words) == 0
+
+
 def test_a_run_of_all_weights_has_no_adapter(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "final" / "lora")

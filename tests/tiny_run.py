@@ -9,7 +9,7 @@ from diffusion_grpo.config import Config, load_config
 from diffusion_grpo.metrics import read_metrics
 
 
-def flags(checkpoint: Path, folder: Path, **changed: Any) -> list[str]:
+def flags(checkpoint: Path | str, folder: Path, **changed: Any) -> list[str]:
     """Return the flags of a run in `folder / "run"`; `changed` are fields, `__` for the dot."""
     prompts = folder / "prompts.txt"
     prompts.write_text("a red circle\na blue square\ntwo green stars\n")
@@ -42,7 +42,7 @@ def flags(checkpoint: Path, folder: Path, **changed: Any) -> list[str]:
     return words
 
 
-def config(checkpoint: Path, folder: Path, **changed: Any) -> Config:
+def config(checkpoint: Path | str, folder: Path, **changed: Any) -> Config:
     """Return the configuration of `flags`."""
     return load_config(None, flags(checkpoint, folder, **changed))
 

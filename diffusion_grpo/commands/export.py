@@ -15,6 +15,7 @@ import tyro
 
 from diffusion_grpo.commands.common import Talk, parse
 from diffusion_grpo.errors import UsageError, suggest
+from diffusion_grpo.output_files import emptied_on_failure
 from diffusion_grpo.run_models import find_model
 
 FORMATS = ("diffusers", "lora", "kohya", "merged")
@@ -94,7 +95,8 @@ def run(words: Sequence[str]) -> list[Path]:
         else:
             place = Path(find_model(options.run).place)
             iteration = _best_iteration(directory) if place.name == "best" else None
-        return [_write(options, directory, place, iteration)]
+        with emptied_on_failure(options.output.expanduser()):
+            return [_write(options, directory, place, iteration)]
 
 
 def _best_iteration(run: Path) -> int | None:
