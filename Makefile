@@ -14,6 +14,10 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
   if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
     echo $$python; break; fi; done)
 
+# What pip leaves uncompiled, the first process that imports it compiles for all later ones. Images
+# for containers often forbid that: then each process would take seconds longer to start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test bench lint docs clean
 
 help:
