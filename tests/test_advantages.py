@@ -22,7 +22,7 @@ REWARDS = np.array([0.1, 0.4, 0.35, 2.0, -1.0, 0.0, 5.7, 5.8, 5.71, 3.0, 3.0, 4.
 KINDS = ("group", "group_mean", "group_global_std", "leave_one_out")
 
 
-def derived(rewards, size, kind):
+def derived(rewards, size, kind, eps=1e-8):
     """The formulas in float64, sample by sample."""
     r = rewards.astype(np.float64)
     out = np.zeros_like(r)
@@ -31,9 +31,9 @@ def derived(rewards, size, kind):
         group = r[start : start + size]
         others = np.delete(group, i - start)
         out[i] = {
-            "group": (r[i] - group.mean()) / (group.std() + 1e-8),
+            "group": (r[i] - group.mean()) / (group.std() + eps),
             "group_mean": r[i] - group.mean(),
-            "group_global_std": (r[i] - group.mean()) / (r.std() + 1e-8),
+            "group_global_std": (r[i] - group.mean()) / (r.std() + eps),
             "leave_one_out": r[i] - others.mean(),
         }[kind]
     return out
@@ -44,6 +44,24 @@ def derived(rewards, size, kind):
 def test_advantages_equal_the_formula_in_float64(kind, size):
     ours = group_advantages(jnp.asarray(REWARDS), size, kind=kind)
     np.testing.assert_allclose(ours, derived(REWARDS, size, kind), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eps_is_added_to_the_standard_deviation(kind):
+    rewards = jnp.asarray(REWARDS)
+    want = derived(REWARDS, 4, kind, eps=0.5)
+    ours = group_advantages(rewards, 4, kind=kind, eps=0.5)
+    np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-6)
+    each = weighted_advantages({"a": rewards}, {"a": 2.0}, 4, kind=kind, eps=0.5)
+    np.testing.assert_allclose(each, 2 * want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_all_rewards_have_in_common_is_without_effect(kind):
+    rewards = np.array([0, 1, 1, 5, 2, 2, 3, 9, -4, 0, 7, 8], np.float32)
+    common = np.float32(10_000_000)  # float32 holds these sums exactly, but not that of them all
+    ours = group_advantages(jnp.asarray(rewards + common), 4, kind=kind)
+    np.testing.assert_allclose(ours, derived(rewards, 4, kind), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 5.7, 22.13, 1e6, -0.3])
@@ -68,6 +86,8 @@ def test_one_equal_group_beside_another_is_zero_for_the_global_std_too():
     advantages = group_advantages(rewards, 3, kind="group_global_std")
     assert (advantages[:3] == 0).all() and (advantages[3:] != 0).all()
     assert uninformative_groups(rewards, 3).tolist() == [True, False]
+    # However little they differ.
+    assert uninformative_groups(1e-9 * rewards, 3).tolist() == [True, False]
 
 
 def test_advantages_are_clipped():
@@ -75,6 +95,7 @@ def test_advantages_are_clipped():
     free = group_advantages(rewards, 16)
     assert float(free.max()) == pytest.approx(np.sqrt(15), rel=1e-5)
     assert float(clip_advantages(free, 2.0, "group").max()) == 2.0
+    assert float(clip_advantages(-free, 2.0, "group").min()) == -2.0
 
 
 @pytest.mark.parametrize(("count", "size", "named"), [(6, 1, "2 or more"), (6, 4, "do not divide")])
@@ -110,7 +131,7 @@ def test_weights_of_other_rewards_are_refused():
         weighted_advantages({"a": jnp.zeros(4)}, {"b": 1.0}, 4)
 
 
-def ddpo_statistics(batches, size, min_count):
+def ddpo_statistics(batches, size, min_count, eps=1e-8):
     """A queue a prompt, as DDPO's paper describes its statistics, in float64."""
     queues = defaultdict(lambda: deque(maxlen=size))
     for rewards, index in batches:
@@ -120,12 +141,15 @@ def ddpo_statistics(batches, size, min_count):
             mine = rewards[index == prompt]
             queues[prompt].extend(mine)
             known = np.array(queues[prompt]) if len(queues[prompt]) >= min_count else rewards
-            out[index == prompt] = (mine - known.mean()) / (known.std() + 1e-8)
+            out[index == prompt] = (mine - known.mean()) / (known.std() + eps)
         yield out
 
 
-@pytest.mark.parametrize(("size", "min_count"), [(5, 4), (8, 8), (32, 1), (6, 100)])
-def test_running_advantages_equal_a_queue_of_each_prompt(size, min_count):
+@pytest.mark.parametrize(
+    ("size", "min_count", "eps"),
+    [(5, 4, 1e-8), (8, 8, 1e-8), (32, 1, 1e-8), (6, 7, 1e-8), (8, 8, 0.5)],
+)
+def test_running_advantages_equal_a_queue_of_each_prompt(size, min_count, eps):
     rng = np.random.default_rng(0)
     batches = [
         (rng.normal(3, 2, 12).astype(np.float32), np.repeat(rng.permutation(7)[:3], 4))
@@ -133,10 +157,10 @@ def test_running_advantages_equal_a_queue_of_each_prompt(size, min_count):
     ]
     history = RewardHistory.empty(7, size)
     for (rewards, index), want in zip(
-        batches, ddpo_statistics(batches, size, min_count), strict=True
+        batches, ddpo_statistics(batches, size, min_count, eps), strict=True
     ):
         before = [leaf.copy() for leaf in history]
-        ours, new = running_advantages(rewards, index, history, min_count=min_count)
+        ours, new = running_advantages(rewards, index, history, min_count=min_count, eps=eps)
         np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-6)
         for old, kept in zip(before, history, strict=True):  # a function: its input stays
             np.testing.assert_array_equal(old, kept)
@@ -153,6 +177,8 @@ def test_best_and_worst_of_each_group():
 def test_all_of_an_even_group_may_be_chosen_and_ties_are_by_place():
     assert best_and_worst(jnp.zeros(8), 4, 2).tolist() == list(range(8))
     assert best_and_worst(jnp.zeros(8), 4, 1).tolist() == [0, 3, 4, 7]
+    many = jnp.asarray([0.0, 1.0] * 100)
+    assert best_and_worst(many, 200, 3).tolist() == [0, 2, 4, 195, 197, 199]
 
 
 @pytest.mark.parametrize("count", [0, 3])
