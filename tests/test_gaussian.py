@@ -37,6 +37,14 @@ def test_kl_of_two_scales_and_its_gradient_agree_with_torch(reduction):
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-5, atol=1e-5)
 
 
+def test_kl_of_scales_that_hardly_differ_is_not_lost_in_rounding():
+    mean, std = jnp.zeros((6, 2, 2, 1)), np.linspace(1.0005, 1.003, 6).astype(np.float32)
+    found = gaussian_kl(mean, mean, jnp.asarray(std), reduction="mean", std_q=jnp.ones(6))
+    exact = std.astype(np.float64)
+    want = (exact**2 - 1) / 2 - np.log(exact)
+    np.testing.assert_allclose(found, want, rtol=1e-3)
+
+
 def test_kl_of_equal_scales_needs_no_second_one():
     p, q = jnp.asarray(P, jnp.float32), jnp.asarray(Q, jnp.float32)
     std = jnp.asarray([0.3, 0.0, 2.5])

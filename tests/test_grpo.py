@@ -101,6 +101,13 @@ def test_gradient_of_a_kl_estimator_is_that_of_its_formula(kind):
     np.testing.assert_allclose(ours, x.grad.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_k3_of_a_small_log_ratio_is_not_lost_in_rounding():
+    delta = 2.0 ** -np.arange(6, 11)  # as they are where log-probs are means over a latent
+    for sign in (1, -1):
+        found = kl_estimate(jnp.asarray(sign * delta, jnp.float32), "k3")
+        np.testing.assert_allclose(found, np.expm1(-sign * delta) + sign * delta, rtol=1e-3)
+
+
 def test_expected_gradients_of_the_kl_estimators_are_those_documented():
     # π_θ = N(m, 1), π_ref = N(0, s²), samples of π_θ; the gradients with respect to m.
     m, s, n = 0.4, 1.3, 1_000_000
