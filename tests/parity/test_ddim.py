@@ -59,6 +59,7 @@ def test_step_equals_diffusers(spacing, prediction, offset, to_one, clip, zero_s
         steps_offset=offset,
         set_alpha_to_one=to_one,
         clip_sample=clip,
+        clip_sample_range=0.8,
         rescale_betas_zero_snr=zero_snr,
     )
     theirs = diffusers.DDIMScheduler(**options)

@@ -93,6 +93,35 @@ def test_final_latents_equal_diffusers(sampler, spacing, prediction, steps, monk
     assert np.abs(np.asarray(final) - x.numpy()).max() <= 2e-4 * scale
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_clipping_eta_and_every_step_s_x0_equal_diffusers(sampler, monkeypatch):
+    options = STABLE_DIFFUSION | {
+        "timestep_spacing": "trailing",
+        "clip_sample": True,  # dpm++ and euler do not read it
+        "clip_sample_range": 0.7,
+    }
+    theirs, steps = of_diffusers(sampler, options), 12
+    theirs.set_timesteps(steps)
+    eta = 0.6 if sampler == "ddim" else 0.0
+    solver = make_solver(SchedulerConfig.from_dict(options), sampler, steps, eta=eta)
+    start, keys = latents(0), jax.random.split(jax.random.key(0), 2)
+    x, clean = torch.tensor(start) * theirs.init_noise_sigma, []
+    for i, t in enumerate(theirs.timesteps):
+        of_step = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
+        noise = torch.tensor(np.asarray(initial_noise(of_step, (4, 4, 4))))
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, noise=noise, **k: noise)
+        given = {"eta": eta, "variance_noise": noise} if sampler == "ddim" else {}
+        output = torch.tanh(0.5 * theirs.scale_model_input(x, t) + 0.1 + t.float() / 1000)
+        step = theirs.step(output, t, x, **given)
+        x = step.prev_sample
+        clean.append(getattr(step, "pred_original_sample", None))
+    final, previews = run(solver, start, keys)
+    assert np.abs(np.asarray(final) - x.numpy()).max() <= 2e-4 * float(x.abs().max())
+    if sampler != "dpm++":  # which does not tell its x̂₀
+        want = torch.stack(clean).numpy()
+        assert np.abs(np.asarray(previews) - want).max() <= 2e-4 * np.abs(want).max()
+
+
 def of_diffusers(sampler, options):
     return getattr(diffusers, CLASSES[sampler]).from_config(dict(options))
 
