@@ -80,6 +80,8 @@ def test_a_moving_window_is_never_empty_and_covers_every_step_with_noise(
 
 def test_a_window_that_stays_begins_where_it_is_put():
     assert noise_window(schedule(5), 2, start=1, iteration=9) == [False, True, True, False, False]
+    moving = [noise_window(schedule(5), 2, start=2, every=1, iteration=i) for i in range(4)]
+    assert [window.index(True) for window in moving] == [2, 3, 0, 1]
     with pytest.raises(UsageError, match="window of 3 steps from step 3"):
         noise_window(schedule(5), 3, start=3)
 
@@ -137,6 +139,30 @@ def test_a_fraction_of_the_steps_is_drawn_anew_each_iteration():
     assert all(len(p.active) == 6 and p.active.tolist() == p.steps.tolist() for p in plans)
     assert set(np.concatenate([p.active for p in plans]).tolist()) == set(range(10))
     assert len({tuple(p.active.tolist()) for p in plans}) > 20
+    # The sum of six log-ratios spreads √6 times as far as one does.
+    np.testing.assert_allclose([p.clip_high for p in plans], 1e-4 * 6**0.5, rtol=1e-3)
+
+
+def test_steps_of_an_update_do_not_depend_on_which_take_part():
+    counts = np.zeros((10, 6))
+    for iteration in range(600):
+        active = plan(schedule(), fraction=0.6, draw=(0, iteration)).active
+        steps = choose_steps(active, 2, update_draw(0, iteration, 0))
+        left_out = np.setdiff1d(np.arange(10), active)
+        counts[np.ix_(left_out, np.searchsorted(active, steps))] += 1
+    # Independent: whichever are left out, each of the others is drawn as often, but for chance.
+    assert chi2_contingency(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("of", ["seed", "iteration", "number"])
+def test_each_seed_iteration_and_update_draws_steps_of_its_own(of):
+    draws = [update_draw(**({"seed": 3, "iteration": 5, "number": 1} | {of: i})) for i in range(30)]
+    assert len({tuple(choose_steps(jnp.arange(10), 3, draw).tolist()) for draw in draws}) > 20
+
+
+def test_discounts_are_of_all_steps_that_remain_with_noise_or_without():
+    window = schedule(4, stochastic_steps=[True, True, False, False])
+    np.testing.assert_allclose(plan(window, gamma=0.5).discounts, [0.125, 0.25, 0.5, 1.0])
 
 
 def test_the_clip_range_is_as_given_for_one_step_of_a_64x64x4_latent():
