@@ -51,6 +51,16 @@ def test_loss_and_gradient_equal_the_paper_s_formula_in_torch():
     assert (to_old == 0).all()
 
 
+def test_a_perfect_prediction_has_no_loss_and_a_finite_gradient():
+    x0 = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 2)), jnp.float32)
+
+    def loss(new):
+        return nft_losses(new, x0, x0, jnp.asarray([1.0, -1.0]), beta=0.5, advantage_max=5.0).sum()
+
+    value, slope = jax.value_and_grad(loss)(x0)
+    assert float(value) == 0 and not np.asarray(slope).any()
+
+
 def test_each_image_draws_its_own_timesteps_of_the_sampler_without_repeats():
     keys = image_keys(0, 0, np.zeros(200, int), np.arange(200), "loss")
     drawn = np.asarray(draw_timesteps(keys, STEPS, 3))
@@ -152,6 +162,34 @@ def test_it_learns_the_shift_of_the_posterior_toward_the_reward(prediction):
     np.testing.assert_allclose(shift[learned], want[learned], rtol=0.15)
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "sample"])
+def test_loss_is_the_mean_over_images_and_timesteps_of_the_formula(prediction):
+    old = start(prediction)
+    new = {"a": old["a"] + 0.05, "b": old["b"] - 0.1}
+    batch, beta, most = data(5, sum_of_pixels), 0.3, 4.0
+    config = NFTConfig(prediction_type=prediction, beta=beta, advantage_max=most, microbatch=2)
+    run = make_nft_gradient(compile_nft(network, config, ABAR))
+    _, metrics = run(new, old, old, None, batch, jnp.float32(0))
+    good = np.clip(np.asarray(batch.advantages, np.float64) / (2 * most) + 0.5, 0, 1)
+    want = []
+    for j, t in enumerate(np.asarray(STEPS)):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(batch.keys, j)
+        x0, noise = (np.asarray(x, np.float64) for x in (batch.x0, initial_noise(keys, SHAPE)))
+        signal, scale = np.sqrt(ABAR[t]), np.sqrt(1 - ABAR[t])
+        x_t = signal * x0 + scale * noise
+        by_new, by_old = (float(p["a"][j]) * x_t + float(p["b"][j]) for p in (new, old))
+        if prediction == "v_prediction":
+            by_new, by_old = (signal * x_t - scale * output for output in (by_new, by_old))
+        if prediction == "epsilon":  # √ᾱ times x̂₀ and x₀
+            by_new, by_old = (x_t - scale * output for output in (by_new, by_old))
+            x0 = signal * x0
+        for weight, toward in ((good, beta), (1 - good, -beta)):
+            gap = by_old + toward * (by_new - by_old) - x0
+            each = np.square(gap).mean((1, 2, 3)) / np.abs(gap).mean((1, 2, 3))
+            want.append(most / beta * weight * each)
+    np.testing.assert_allclose(metrics["loss"], np.sum(want) / (5 * 5), rtol=1e-4)
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
 def test_gradient_at_the_noisiest_timestep_is_bounded(prediction):
     """As published, ε's would be √((1−ᾱ)/ᾱ) = 14.6 times its x̂₀ error there: most of the sum."""
@@ -191,6 +229,10 @@ def test_penalty_is_the_squared_difference_to_the_reference_and_pulls_toward_it(
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-6)
     # ∂/∂b of β (b − b_ref)², a fifth of the timesteps each
     np.testing.assert_allclose(gradient["b"], np.full(5, 3 * 2 * -0.2 / 5), rtol=1e-3)
+    moved = {"a": old["a"], "b": old["b"] + 0.05}
+    _, metrics = run(moved, old, reference, None, batch, jnp.float32(3.0))
+    np.testing.assert_allclose(metrics["old_distance"], 0.05**2, rtol=1e-4)
+    np.testing.assert_allclose(metrics["kl"], 0.15**2, rtol=1e-4)
 
 
 def test_microbatches_and_order_do_not_change_the_gradient():
