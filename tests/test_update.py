@@ -31,7 +31,7 @@ from whole_loss import whole_loss
 from diffusion_grpo.loss import LossConfig, Shares, compile_loss
 from diffusion_grpo.optim import TrainState, make_update
 from diffusion_grpo.rollout import Trajectory
-from diffusion_grpo.schedule import make_schedule, step_distribution
+from diffusion_grpo.schedule import flow_step_sizes, make_schedule, step_distribution
 from diffusion_grpo.steps import plan_steps
 from diffusion_grpo.trajectories import UpdateBatch, policy_steps, trajectory_kl
 from diffusion_grpo.update import make_gradient
@@ -105,6 +105,19 @@ def test_step_weights_enter_the_loss(ratio, options):
     check(config, **options)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(kl="exact", microbatch=3),
+        LossConfig(kl="k3", microbatch=3),
+        LossConfig(ratio="step", kl="k3", microbatch=3),
+        LossConfig(ratio_base="reference", microbatch=3),
+    ],
+)
+def test_step_weights_are_of_the_ratio_whatever_its_base_and_not_of_the_kl(config):
+    check(config, weights="given", given=(0.5, 0.0, 2.0, 1.0))
+
+
 @pytest.mark.parametrize("ratio", ["trajectory", "step"])
 def test_sum_over_the_latent_is_the_density_itself(ratio):
     config = LossConfig(ratio=ratio, reduction="sum", kl="exact", microbatch=3)
@@ -124,7 +137,9 @@ def test_a_fraction_of_the_steps_is_the_loss_of_those_alone():
         (LossConfig(ratio="step", guard=True, microbatch=3), {}),
         (LossConfig(ratio="step", guard=True, ratio_base="reference", microbatch=3), {}),
         (LossConfig(ratio="step", dppo_kl=1e-3, microbatch=3), {}),
+        (LossConfig(ratio="step", dppo_kl=1e-3, ratio_base="reference", microbatch=3), {}),
         (LossConfig(ratio="step", microbatch=3), {"gamma": 0.8}),
+        (LossConfig(ratio="step", dppo_kl=1e-3, microbatch=3), {"gamma": 0.8}),
     ],
 )
 def test_corrections_equal_autodiff_and_differ_from_the_plain_loss(config, options):
@@ -132,6 +147,25 @@ def test_corrections_equal_autodiff_and_differ_from_the_plain_loss(config, optio
     plain = LossConfig(ratio=config.ratio, ratio_base=config.ratio_base, microbatch=3)
     _, other = gradient(moved(PARAMS), plain, plan_for(plain, clip=0.02))
     assert float(metrics["policy_loss"]) != pytest.approx(float(other["policy_loss"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("correction", [{"guard": True}, {"dppo_kl": 0.03}])
+def test_corrections_of_the_density_itself_equal_autodiff(correction):
+    config = LossConfig(ratio="step", reduction="sum", microbatch=3, **correction)
+    metrics = check(config, moved(PARAMS, 0.003), clip=0.02, tolerance=2e-3)
+    assert 0 < float(metrics["clip_fraction"]) < 1
+
+
+@pytest.mark.parametrize("ratio", ["trajectory", "step"])
+def test_each_bound_of_the_clip_range_is_its_own(ratio):
+    config, batch = LossConfig(ratio=ratio, microbatch=3), batch_for()
+    # Ratios of about 1.22, and of 0.82: past the narrow bound if they were on its side.
+    for shift, low, high in ((-0.2, 0.05, 0.5), (0.2, 0.5, 0.05)):
+        log_probs = batch.trajectory.log_probs.at[0].add(shift)
+        moved_on = batch._replace(trajectory=batch.trajectory._replace(log_probs=log_probs))
+        metrics = check(config, moved(PARAMS, 0.003), batch=moved_on, clip=low, clip_high=high)
+        assert float(metrics["clip_fraction"]) == 0
+        assert abs(float(metrics["ratio/mean"]) - 1) > 0.03
 
 
 @pytest.mark.parametrize("ratio", ["trajectory", "step"])
@@ -225,17 +259,19 @@ def test_clipped_images_have_no_gradient():
         LossConfig(kl="exact", microbatch=3),
         LossConfig(kl="k3", microbatch=3),
         LossConfig(ratio="step", kl="flow_grpo", microbatch=3),
+        LossConfig(ratio_base="reference", entropy_coeff=0.1, learned_noise=True, microbatch=3),
     ],
 )
 def test_a_few_steps_are_an_unbiased_estimate(config):
-    """The mean over all C(4, 2) subsets equals the full gradient."""
+    """The mean over all C(4, 2) subsets equals the full gradient, and that of the metrics too."""
     params, plan = moved(PARAMS), plan_for(config)
-    full, _ = gradient(params, config, plan)
+    full, metrics = gradient(params, config, plan)
     subsets = list(itertools.combinations(range(T), 2))
-    parts = [
-        gradient(params, config, plan._replace(steps=jnp.asarray(steps)))[0] for steps in subsets
-    ]
-    assert_close(jax.tree.map(lambda *x: sum(x) / len(subsets), *parts), full)
+    parts = [gradient(params, config, plan._replace(steps=jnp.asarray(s))) for s in subsets]
+    mean, found = jax.tree.map(lambda *x: sum(x) / len(subsets), *parts)
+    assert_close(mean, full)
+    for name in metrics.keys() - {"ratio/min", "ratio/max"}:
+        np.testing.assert_allclose(found[name], metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["exact", "k1", "k2", "k3", "flow_grpo"])
@@ -281,6 +317,43 @@ def test_kl_of_each_image_equals_that_of_the_loss(kind):
     )()  # fmt: skip
     _, metrics = gradient(PARAMS, config, plan_for(config), on_policy=True)
     np.testing.assert_allclose(each.mean(), metrics["kl"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["exact", "k1", "k2", "k3", "flow_grpo"])
+def test_kl_of_each_image_is_of_the_steps_that_count_with_the_noise_of_each_policy(kind):
+    batch, active = batch_for(learned_noise=True), [0, 2]
+    noisy = noise(PARAMS, SCHEDULE)
+    each = jax.jit(
+        lambda: trajectory_kl(
+            policy(PARAMS, None), noisy, policy(REFERENCE, None), SCHEDULE, batch.trajectory,
+            CONDITION, jnp.asarray(active), kind=kind, reduction="mean", learned_noise=True,
+        )
+    )()  # fmt: skip
+    exact, flow, delta = np.zeros(B), np.zeros(B), np.zeros(B)
+    for i in active:
+        x_t, x_s = batch.trajectory.latents[i], np.asarray(batch.trajectory.latents[i + 1])
+        (p, own), (q, std) = (
+            [
+                np.asarray(value, np.float64)
+                for value in step_distribution(
+                    schedule, i, x_t, policy(one, None)(x_t, SCHEDULE.timesteps[i], CONDITION)
+                )
+            ]
+            for one, schedule in ((PARAMS, noisy), (REFERENCE, SCHEDULE))
+        )
+        gap, dt = np.square(p - q).mean((1, 2, 3)), float(flow_step_sizes(SCHEDULE)[i])
+        exact += np.log(std / own) + (own**2 + gap) / (2 * std**2) - 0.5
+        flow += dt * gap / (2 * std**2) / len(active)
+        log_ratio = scipy_norm.logpdf(x_s, p, own) - scipy_norm.logpdf(x_s, q, std)
+        delta += log_ratio.mean((1, 2, 3))
+    want = {
+        "exact": exact,
+        "flow_grpo": flow,
+        "k1": delta,
+        "k2": SIZE * delta**2 / 2,
+        "k3": SIZE * (np.exp(-delta) - 1 + delta),
+    }[kind]
+    np.testing.assert_allclose(each, want, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])

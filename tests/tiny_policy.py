@@ -91,12 +91,12 @@ def batch_for(reduction="mean", learned_noise=False):
     return UpdateBatch(trajectory, CONDITION, advantages, reference, old)
 
 
-def plan_for(config, *, clip=0.05, scale_clip=False, **options):
+def plan_for(config, *, clip=0.05, clip_high=None, scale_clip=False, **options):
     return plan_steps(
         SCHEDULE,
         latent_size=SIZE,
         clip_low=clip,
-        clip_high=clip,
+        clip_high=clip if clip_high is None else clip_high,
         ratio=config.ratio,
         reduction=config.reduction,
         scale_clip=scale_clip,
