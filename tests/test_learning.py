@@ -306,6 +306,26 @@ def test_advantages_are_of_the_summed_reward_or_of_each():
     np.testing.assert_allclose(ours, 2 * each[0] - each[1], rtol=1e-5)
     ours, _ = advantages(GRPOOptions(advantage_clip=0.5))
     assert float(jnp.abs(ours).max()) == 0.5
+    ours, _ = advantages(GRPOOptions(advantage_eps=0.5))
+    groups = np.float64(total).reshape(2, 4)
+    want = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 0.5)
+    np.testing.assert_allclose(ours, want.ravel(), rtol=1e-5)
+
+
+def test_weights_are_in_the_order_of_the_rewards_and_not_of_their_names():
+    options = GRPOOptions(combine="advantages", advantage="group_mean")
+    scores = {"b": np.array([0.0, 2.0], np.float32), "a": np.array([0.0, 20.0], np.float32)}
+    ours, _ = image_advantages(
+        options,
+        scores,
+        sum(scores.values()),
+        (3.0, 0.5),
+        kept=np.ones(2, bool),
+        group_size=2,
+        prompt_index=np.zeros(2, int),
+        history={},
+    )
+    np.testing.assert_allclose(ours, [-3 * 1 - 0.5 * 10, 3 * 1 + 0.5 * 10], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["group_mean", "leave_one_out"])
@@ -346,6 +366,24 @@ def test_running_advantages_keep_a_history_of_each_reward():
     np.testing.assert_allclose(ours, 2 * each[0] - each[1], rtol=1e-5)
     assert set(history) == {"a", "b"} and history["b"].counts.tolist() == [4, 4]
     assert (empty["b"].counts == 0).all()
+    # Of the whole history while it is of one batch: (r − mean)/(std + eps), clipped, then weighted.
+    options = GRPOOptions(
+        advantage="running", running_min=2, advantage_eps=0.5, advantage_clip=0.8,
+        combine="advantages",
+    )  # fmt: skip
+    ours, _ = advantages(options, history=empty)
+    want = 0.0
+    for weight, scores in zip((2.0, -1.0), SCORES.values(), strict=True):
+        groups = np.float64(scores).reshape(2, 4)
+        each = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 0.5)
+        want += weight * np.clip(each, -0.8, 0.8).ravel()
+    np.testing.assert_allclose(ours, want, rtol=1e-5)
+    # Of the batch, as long as a prompt has had fewer rewards than asked for.
+    options = GRPOOptions(advantage="running", running_min=5, combine="advantages")
+    ours, _ = advantages(options, history=empty)
+    a, b = (np.float64(scores) for scores in SCORES.values())
+    want = 2 * (a - a.mean()) / a.std() - (b - b.mean()) / b.std()
+    np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_kl_is_subtracted_from_the_reward_where_it_is_in_it():
@@ -369,3 +407,28 @@ def test_a_group_of_equal_rewards_teaches_nothing_though_its_kl_differs(kind):
     penalty = np.array([5e-7, 7e-7, 9e-7, 1.2e-6] * 2, np.float32)
     ours, _ = advantages(GRPOOptions(advantage=kind), total, penalty=penalty)
     assert (np.asarray(ours[:4]) == 0).all() and (np.asarray(ours[4:]) != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["group", "running"])
+def test_images_of_a_dropped_group_have_no_advantage_and_no_part_in_those_of_others(kind):
+    options = GRPOOptions(advantage=kind, running_min=1)
+    nothing = np.full(2, np.nan, np.float32)
+    total = np.concatenate([nothing, [3.0, 1.0], nothing, [2.0, 6.0]]).astype(np.float32)
+    penalty = np.array([9.0, 9.0, 0.5, 0.0, 9.0, 9.0, 0.0, 1.0], np.float32)
+    ours, history = image_advantages(
+        options,
+        {"a": total},
+        total,
+        (1.0,),
+        kept=np.isfinite(total),
+        group_size=2,
+        prompt_index=np.repeat([0, 1, 2, 3], 2),
+        history={"total": RewardHistory.empty(4, 4)} if kind == "running" else {},
+        penalty=penalty,
+    )
+    # Of 2.5 and 1, and of 2 and 5: whatever the spread, two rewards are one std from their mean.
+    np.testing.assert_allclose(ours, [0, 0, 1, -1, 0, 0, -1, 1], rtol=1e-5)
+    if kind == "running":
+        assert history["total"].counts.tolist() == [0, 2, 0, 2]
+        np.testing.assert_array_equal(history["total"].values[1, :2], [2.5, 1.0])
+        np.testing.assert_array_equal(history["total"].values[3, :2], [2.0, 5.0])
