@@ -25,6 +25,7 @@ from diffusion_grpo.pipeline import make_policy
 from diffusion_grpo.pretrained import StableDiffusion
 from diffusion_grpo.recorder import Recorder
 from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise
+from diffusion_grpo.steps import choose_steps, update_draw
 from diffusion_grpo.train import train
 
 PROMPTS = ("a red circle", "a blue square", "two green stars")
@@ -330,7 +331,38 @@ def test_as_many_steps_are_differentiated_as_asked_for(checkpoint, tmp_path, mon
     assert [on_policy for _, on_policy in given] == 4 * [True, False, False]
     chosen = [tuple(steps) for steps, _ in given]
     assert all(len(set(steps)) == 2 and set(steps) <= {0, 1, 2} for steps in chosen)
+    draws = [update_draw(0, iteration, number) for iteration in range(4) for number in range(3)]
+    assert chosen == [tuple(choose_steps(jnp.arange(3), 2, draw).tolist()) for draw in draws]
     assert len(set(chosen)) == 3  # each pair comes in twelve draws, but for one case in forty
+
+
+def test_beta_is_adapted_to_the_mean_kl_of_an_iteration_s_updates(checkpoint, tmp_path):
+    learner, *_ = learner_for(
+        checkpoint, tmp_path, "--grpo.beta 0.5 --grpo.kl exact --grpo.kl-target 0.02"
+    )
+    measured = [{"kl": 0.0195}, {"kl": 0.0225}]  # 5 % above the target, and so β rises by 0.5 %
+    state, metrics = learner._with_beta(learner.init(3), measured)
+    assert float(state.beta) == pytest.approx(0.5 * 1.005, rel=1e-5)
+    assert [each["beta"] for each in metrics] == [0.5, 0.5]  # what they were taken with
+
+
+def test_each_update_of_nft_noises_the_images_anew(checkpoint, tmp_path, monkeypatch):
+    learner, conditioning, noise, keys = learner_for(
+        checkpoint,
+        tmp_path,
+        "--grpo.algorithm nft --nft.timesteps 2 --rollout.eta 0 --grpo.updates-per-rollout 3",
+    )
+    given = []
+
+    def update(train, old, reference, frozen, batch, beta, *, check):
+        given.append(np.asarray(jax.random.key_data(batch.keys)))
+        return train, {"loss": jnp.float32(0)}
+
+    monkeypatch.setattr(learner, "_update", update)
+    state = learner.init(3)
+    rollout = learner.sample(state, 0, noise, keys["step_noise"], conditioning)
+    learner.learn(state, rollout, ADVANTAGES, 0, keys["loss"])
+    assert len({tuple(key) for key in np.concatenate(given).tolist()}) == 3 * 4
 
 
 @pytest.mark.slow
