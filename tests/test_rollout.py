@@ -291,6 +291,19 @@ def test_every_coordinate_of_a_key_matters_and_equal_ones_agree():
     assert key() == key(iteration=jnp.asarray(0))
 
 
+def test_a_key_is_folded_from_seed_purpose_iteration_prompt_and_image_in_this_order():
+    # As runs of earlier versions have drawn: a number here is never another purpose's.
+    purposes: tuple[Purpose, ...] = (
+        "initial_noise", "step_noise", "evaluation_initial", "evaluation_step", "loss", "adapter",
+    )  # fmt: skip
+    for number, purpose in enumerate(purposes):
+        (found,) = image_keys(3, 7, np.array([5]), np.array([2]), purpose)
+        want = jax.random.key(3)
+        for part in (number, 7, 5, 2):
+            want = jax.random.fold_in(want, part)
+        assert found == want
+
+
 def test_equal_keys_share_the_initial_noise_of_a_group():
     keys = image_keys(0, 0, np.array([1, 1, 2]), np.array([0, 0, 0]), "initial_noise")
     noise = initial_noise(keys, SHAPE)
