@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from recorded_run import record_run
+from scipy.stats import binomtest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion_grpo.config import Config, EvalConfig, PromptsConfig, RunConfig, load_config
@@ -173,6 +174,18 @@ def test_summary_compares_the_same_prompts_and_seeds(tmp_path):
     assert "| clip | 3.5 [1.5, 5.5] | 1 [0, 2] | 75.0% [" in text
     assert "| b | 2 | 5.5 |" in text
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_intervals_of_a_summary_are_over_prompts():
+    # Every prompt has the mean 5, and two of the three win, whichever image one looks at.
+    base = evaluation(np.tile([0.0, 10.0], 6), each=4)
+    tuned = evaluation(base.total + np.repeat([1.0, -2.0, 1.0], 4), each=4)
+    found = summarize(base)["rewards"]["clip"]
+    assert found == {"mean": 5.0, "low": 5.0, "high": 5.0}
+    against = summarize(tuned, base)["against_base"]["clip"]
+    wilson = binomtest(2, 3).proportion_ci(method="wilson")
+    interval = against["win_rate_low"], against["win_rate_high"]
+    np.testing.assert_allclose(interval, [wilson.low, wilson.high], rtol=1e-9)
 
 
 def test_wins_are_counted_the_way_that_is_better():

@@ -60,6 +60,24 @@ def test_win_rate_of_images_that_repeat_their_prompt_s_has_the_interval_of_the_p
     np.testing.assert_allclose([all_won.low, all_won.high], [wilson.low, wilson.high], atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("wins", "images", "effective"),
+    [
+        ([2, 2, 1, 3], 4, 16),  # the prompts differ less than by chance: no more than all images
+        ([1, 3, 3, 5], 6, 0.25 * 4 / (2 * (1 / 3) ** 2 / 3)),  # p(1−p) P/s², 13.5
+        ([0, 4, 4, 0], 4, 4),  # each prompt's images agree: no fewer than the prompts
+    ],
+)
+def test_win_rate_s_interval_is_wilson_s_of_the_effective_number_of_images(wins, images, effective):
+    first = np.concatenate([np.r_[np.ones(k), -np.ones(images - k)] for k in wins])
+    found = win_rate(first, np.zeros(len(first)), np.repeat(np.arange(4), images))
+    assert found.value == 0.5
+    # The rates π with (p − π)² = z² π(1−π)/n.
+    z2 = scipy_stats.norm.ppf(0.975) ** 2 / effective
+    low, high = sorted(np.roots([1 + z2, -(1 + z2), 0.25]))
+    np.testing.assert_allclose([found.low, found.high], [low, high], rtol=1e-9)
+
+
 def test_win_rate_s_interval_covers_what_it_says_whatever_the_images_of_a_prompt_share():
     # 60 prompts of 6 images whose scores share a part; the true rate is a half by symmetry.
     rng, groups = np.random.default_rng(1), np.repeat(np.arange(60), 6)
@@ -106,3 +124,20 @@ def test_diversity_is_zero_for_copies_and_the_distance_of_two_flat_pictures():
     assert np.isnan(measured[2])
     # pairs of three flat pictures: 0.2, 0.4 and 0.2
     np.testing.assert_allclose(diversity(flat[[0, 1, 4]], [0, 0, 0]), [0.8 / 3])
+
+
+def test_diversity_is_of_the_means_of_areas_and_of_the_square_of_what_differs():
+    board = (np.indices((64, 64)).sum(axis=0) % 2 * 102).astype(np.uint8)
+    boards = np.stack([board, 102 - board])[..., None].repeat(3, axis=-1)
+    assert diversity(boards, [0, 0]).tolist() == [0.0]  # to 32 x 32 both are the same gray
+    half = np.zeros((2, 64, 64, 3), np.uint8)
+    half[1, :32] = 255
+    np.testing.assert_allclose(diversity(half, [0, 0]), [np.sqrt(0.5)])
+
+
+def test_monitors_of_many_images_are_those_of_each():
+    images = np.random.default_rng(0).integers(0, 256, (35, 8, 8, 3), dtype=np.uint8)
+    measured = monitor(images)
+    for i in (0, 15, 16, 31, 32, 34):
+        for name, values in monitor(images[i : i + 1]).items():
+            assert len(measured[name]) == 35 and measured[name][i] == pytest.approx(values[0])
