@@ -1,5 +1,6 @@
 """How rewards are run: by group, cached, again after a failure, beside the sampler."""
 
+import itertools
 import threading
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffusion_grpo.reward import (
 )
 from diffusion_grpo.reward_failure import parse_failure_policies
 from diffusion_grpo.reward_run import ScoreCache
-from diffusion_grpo.reward_scores import correlations
+from diffusion_grpo.reward_scores import RewardResult, correlations
 
 
 def numbered(count: int) -> np.ndarray:
@@ -261,6 +262,9 @@ def test_a_failed_call_is_repeated_with_growing_pauses(monkeypatch) -> None:
     with pytest.raises(RewardError, match=r"no connection.*\(tried 4 times\)"):
         set_of(failing_on(1), policies=policy)(numbered(2), ["a"] * 2)
     assert pauses[2:] == [0.5, 1.0, 2.0]
+    many = (FailurePolicy("retry", 8),)
+    set_of(failing_on(1, times=8), policies=many)(numbered(2), ["a"] * 2)
+    assert pauses[5:] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
 
 
 def test_what_the_user_has_to_mend_is_not_repeated() -> None:
@@ -293,7 +297,11 @@ def test_only_the_groups_that_a_reward_fails_on_are_dropped(chunks) -> None:
     metrics = result.metrics()
     assert metrics["reward/dropped"] == 0.25
     assert metrics["reward/mean"] == pytest.approx(29 / 6)
-    assert metrics["reward/fails/max"] == 7 and metrics["reward/other/dropped"] == 0
+    assert metrics["reward/std"] == pytest.approx(np.std([1, 2, 5, 6, 7, 8]))
+    assert metrics["reward/fails/max"] == 7
+    # In parts of 3 and 5 it has scored the other image of the group before it fails on this one.
+    assert metrics["reward/fails/dropped"] == (2 if chunks == (8,) else 1) / 8
+    assert metrics["reward/other/dropped"] == 0
     assert any("group 1 is dropped: reward 'fails' failed" in note for note in result.notes)
 
 
@@ -330,6 +338,33 @@ def test_equal_images_with_equal_prompts_are_scored_once() -> None:
     )
     rewards(numbered(3), ["a"] * 3, [{}, {"seed": 2}, {"seed": 1}])
     assert counting.calls[2:] == [[1]]
+
+
+def test_a_score_is_known_by_pixels_shape_prompt_and_what_the_metadata_say() -> None:
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    key = ScoreCache.key(image, "a", {"seed": 1, "size": 2})
+    assert key == ScoreCache.key(image.copy(), "a", {"size": 2, "seed": 1})
+    assert key == ScoreCache.key(np.asfortranarray(image), "a", {"seed": 1, "size": 2})
+    others = [
+        ScoreCache.key(image.reshape(4, 2, 3), "a", {"seed": 1, "size": 2}),
+        ScoreCache.key(image + np.uint8(1), "a", {"seed": 1, "size": 2}),
+        ScoreCache.key(image, "b", {"seed": 1, "size": 2}),
+        ScoreCache.key(image, "a", {"seed": 2, "size": 2}),
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_a_failure_is_not_remembered_as_a_score() -> None:
+    fails = failing_on(1, times=1)
+    rewards = set_of(
+        fails, policies=(FailurePolicy("drop-group"),), caches=(ScoreCache(),), max_dropped=1.0
+    )
+    totals = []
+    for _ in range(2):
+        with rewards.start(["a"] * 2, group_size=2, may_drop=True) as scoring:
+            scoring.add(numbered(2))
+            totals.append(scoring.result().total.tolist())
+    assert np.isnan(totals[0]).all() and totals[1] == [0, 1]
 
 
 def test_a_cache_forgets_what_was_least_recently_used() -> None:
@@ -369,6 +404,24 @@ def test_rewards_are_combined_as_their_formulas_say() -> None:
         np.testing.assert_allclose(found, values, rtol=1e-6)
 
 
+def test_the_order_of_the_rewards_does_not_show_in_their_sum() -> None:
+    scores = {"a": 2.0**24, "b": 1.0, "c": -(2.0**24)}  # whose sum float32 cannot hold
+    for names in itertools.permutations(scores):
+        given = {name: np.array([scores[name]], np.float32) for name in names}
+        assert combine(given, dict.fromkeys(names, 1.0)).tolist() == [1.0]
+
+
+def test_correlations_are_of_the_images_kept() -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+    kept = np.array([True, True, False, False, True, True])
+    a[2] = np.nan
+    total = np.where(kept, a + b, np.nan)
+    seconds, weights = dict.fromkeys("ab", 0.0), dict.fromkeys("ab", 1.0)
+    found = RewardResult({"a": a, "b": b}, total, seconds, weights, kept).metrics()
+    want = np.corrcoef(a[kept], b[kept])[0, 1]
+    assert found["reward/correlation/a:b"] == pytest.approx(want, rel=1e-5)
+
+
 def test_correlations_are_pearsons_and_constant_rewards_have_none() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 20)).astype(np.float32)
@@ -387,5 +440,6 @@ def test_a_result_has_the_statistics_of_every_member() -> None:
         0,
         3,
     ]
+    assert metrics["reward/std"] == pytest.approx(np.sqrt(1.25))
     assert metrics["reward/mean"] == 2.5 and metrics["time/reward/number"] >= 0
     assert "reward/dropped" not in metrics
