@@ -64,6 +64,7 @@ def scaled(checkpoint, folder, file, endings):
     return folder
 
 
+@pytest.mark.slow
 def test_kl_to_a_base_counts_what_its_text_encoder_does(tmp_path):
     """Text states twice as large are what keys and values of twice the size make of them."""
     checkpoint = write_pipeline(tmp_path / "pipeline", **TWO_LEVELS)

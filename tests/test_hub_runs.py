@@ -33,7 +33,7 @@ def hub(tmp_path, monkeypatch):
     return branches
 
 
-@pytest.mark.parametrize("revision", [None, "v2"])
+@pytest.mark.parametrize("revision", [None, pytest.param("v2", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_the_commit_that_it_began_with(revision, hub, tmp_path):
     for name, iterations in (("whole", 2), ("resumed", 1)):
         folder = tmp_path / name

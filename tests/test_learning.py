@@ -162,18 +162,13 @@ def test_the_user_is_told_what_the_options_come_to(checkpoint, tmp_path):
     assert notes("--grpo.algorithm nft --nft.timesteps 2") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
         "--grpo.best-and-worst 1 --grpo.beta 0.1 --grpo.updates-per-rollout 2",
-        pytest.param(
-            "--rollout.guidance-scale 3 --grpo.kl-in reward --grpo.beta 0.1",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "--grpo.algorithm nft --nft.timesteps 2 --grpo.kl mse --grpo.beta 0.1",
-            marks=pytest.mark.slow,
-        ),
+        "--rollout.guidance-scale 3 --grpo.kl-in reward --grpo.beta 0.1",
+        "--grpo.algorithm nft --nft.timesteps 2 --grpo.kl mse --grpo.beta 0.1",
     ],
 )
 def test_a_group_learns_as_if_each_image_had_a_prompt_of_its_own(words, checkpoint, tmp_path):

@@ -75,6 +75,7 @@ def assert_same_metrics(one: Path, other: Path) -> None:
             ), name
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_alike_on_1_and_8_devices(trained):
     assert_same_metrics(trained(1), trained(8))
 

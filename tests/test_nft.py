@@ -125,7 +125,14 @@ def compiled(prediction, **options):
     return make_nft_gradient(compile_nft(network, config, ABAR))
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "v_prediction",
+        pytest.param("epsilon", marks=pytest.mark.slow),
+        pytest.param("sample", marks=pytest.mark.slow),
+    ],
+)
 def test_it_learns_the_shift_of_the_posterior_toward_the_reward(prediction):
     """The minimum is x̂_old + E[(2r − 1)(x₀ − x̂_old) | x_t]/β.
 

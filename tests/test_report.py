@@ -386,6 +386,7 @@ def test_a_run_that_has_just_begun_has_a_page(opened, tmp_path):
     assert not page.locator("#lapse").is_visible()
 
 
+@pytest.mark.slow
 def test_page_of_a_long_run_stays_under_25_megabytes(tmp_path):
     directory = record_run(tmp_path / "long", iterations=2, evaluate_every=2, heldout=64)
     folder = directory / "gallery"

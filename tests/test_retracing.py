@@ -27,7 +27,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "choice", [pytest.param(c, marks=[pytest.mark.slow] * (c == "nft")) for c in CHOICES]
+    "choice",
+    [pytest.param(c, marks=[pytest.mark.slow] * (c in ("drawn steps", "nft"))) for c in CHOICES],
 )
 def test_nothing_is_compiled_after_the_second_iteration(checkpoint, tmp_path, monkeypatch, choice):
     at_iteration = []

@@ -175,6 +175,7 @@ def compared(words, tmp_path, *options):
         return [image.text[name] for name in names]
 
 
+@pytest.mark.slow
 def test_all_columns_are_drawn_as_the_run_was_evaluated(tmp_path, checkpoint, trained, capsys):
     run = write_run(tmp_path, checkpoint, trained)
     assert compared([run], tmp_path) == ["3.0", "2", "1", str(run)]

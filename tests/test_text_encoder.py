@@ -63,8 +63,15 @@ def test_tokens_and_their_states_are_denoised_alike(name, skip, negative, pipeli
     np.testing.assert_allclose(tokens, states, atol=1e-5 * float(jnp.abs(states).max()))
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("sd", False),
+        ("sd", True),
+        pytest.param("sdxl", False, marks=pytest.mark.slow),
+        ("sdxl", True),
+    ],
+)
 def test_the_prompt_of_a_group_is_read_once(name, tokens, pipelines):
     model = StableDiffusion.from_pretrained(pipelines[name])
     network = _together(model, name) if tokens else model.unet
@@ -182,6 +189,7 @@ def test_a_run_trains_them_and_diffusers_loads_what_it_exports(name, pipelines, 
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_encoders_as_they_were(pipelines, tmp_path):
     (tmp_path / "whole").mkdir()
     whole = train(_run(pipelines["sd"], tmp_path / "whole"), quiet=True)
