@@ -133,7 +133,7 @@ def _owner(option: str) -> str:
 
 
 def demo() -> Config:
-    """The embedded shapes model toward the embedded CLIP score: 6 to 10 minutes on two cores.
+    """The embedded shapes model toward the embedded CLIP score: 6 to 12 minutes on two cores.
 
     `diffusion-grpo train demo`: 200 iterations. Of 360 held-out prompts 43.6 % are drawn right
     before, and 65.6 % after (64.4 to 67.5, three seeds); the CLIP score goes from 0.626 to 0.678
