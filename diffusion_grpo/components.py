@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.hub import WEIGHTS, Layout, hub_patterns, weight_patterns
+from diffusion_grpo.hub import WEIGHTS, Layout, hub_patterns, split_revision, weight_patterns
 from diffusion_grpo.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from diffusion_grpo.resources import resolve_checkpoint
 from diffusion_grpo.tensor_files import (
@@ -64,7 +64,7 @@ def local_directory(
     A pipeline's component that has no files of the variant is read without it, as Diffusers does.
 
     Args:
-        name_or_path: what to resolve.
+        name_or_path: what to resolve; of a single model on the hub also `owner/name@revision`.
         revision: of a hub repository: a branch, tag or commit.
         variant: of the weight files, such as `fp16`.
         layout: what a hub repository is read as: a pipeline with a folder for each component, the
@@ -85,6 +85,8 @@ def local_directory(
         if layout == "diffusers":
             _without_variant(place, variant, str(name_or_path))
         return place
+    if layout in ("transformers", "processor") and revision is None:
+        place, revision = split_revision(place)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

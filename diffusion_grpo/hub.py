@@ -18,6 +18,12 @@ WEIGHTS = {
 }
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split `owner/name@revision`, as the hub's own file system is addressed; None without one."""
+    repository, at, revision = name.partition("@")
+    return (repository, revision) if at and repository and revision else (name, None)
+
+
 def hub_patterns(layout: Layout, variant: str | None = None) -> list[str]:
     """Return what is downloaded of a hub repository, as `fnmatch` patterns (`*` crosses a `/`).
 

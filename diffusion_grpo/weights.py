@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_grpo.errors import UsageError
+from diffusion_grpo.hub import split_revision
 from diffusion_grpo.torch_file import read_torch_file, tensors_of
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -22,7 +23,8 @@ def weights_file(name: str) -> Path:
     """Find a file of weights.
 
     Args:
-        name: a path, or a hub id with a file after it: `owner/name/file.safetensors`.
+        name: a path, or a hub id with a file after it: `owner/name/file.safetensors`, or
+            `owner/name@revision/file.safetensors`.
 
     Returns:
         A local path; a file of the hub is downloaded once.
@@ -43,7 +45,8 @@ def weights_file(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        place, revision = split_revision(f"{owner}/{repository}")
+        return Path(hf_hub_download(place, file, revision=revision))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise UsageError(
             f"weights {name!r}: not a file here, and the hub did not give it "

@@ -417,6 +417,26 @@ def test_only_what_is_read_is_downloaded(layout, files, fetched, tmp_path, monke
     assert set((tmp_path / "fetched").read_text().split()) == set(fetched.split())
 
 
+def test_a_single_model_is_asked_for_at_the_revision_in_its_name(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for name in ("owner/name@v2", "owner/name@0123abc", "owner/name"):
+        local_directory(name, layout="transformers")
+        local_directory(name, layout="processor")
+    pairs = [("owner/name", "v2"), ("owner/name", "0123abc"), ("owner/name", None)]
+    assert asked == [pair for pair in pairs for _ in range(2)]
+    asked.clear()
+    local_directory("owner/name@v2", revision="v3", layout="transformers")
+    local_directory("owner/name@v2")  # a pipeline's revision is an option of its own
+    local_directory("owner/name@", layout="transformers")
+    assert asked == [("owner/name@v2", "v3"), ("owner/name@v2", None), ("owner/name@", None)]
+
+
 def hub_stub(files, folder, monkeypatch):
     """Have a hub repository's files appear in a folder as they are asked for; returns who asked."""
     from huggingface_hub.utils import filter_repo_objects

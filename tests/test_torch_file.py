@@ -188,3 +188,17 @@ def test_weights_are_found_and_read_by_their_suffix(tmp_path) -> None:
             weights_file(name)
     with pytest.raises(UsageError, match="'a/b/c.pth': not a file here, and the hub did not give"):
         weights_file("a/b/c.pth")
+
+
+def test_a_file_of_the_hub_is_asked_for_at_the_revision_in_its_name(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def hf_hub_download(place, file, *, revision):
+        asked.append((place, file, revision))
+        return str(tmp_path / "w.pt")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    for name in ("a/b@v2/c.pth", "a/b/c.pth", "a/b/d@e/c.pth"):
+        assert weights_file(name) == tmp_path / "w.pt"
+    pairs = [("a/b", "c.pth", "v2"), ("a/b", "c.pth", None), ("a/b", "d@e/c.pth", None)]
+    assert asked == pairs
