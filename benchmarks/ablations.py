@@ -88,6 +88,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "guidance 3": ("--rollout.guidance-scale", "3"),
     "nft": NFT,
     "nft, all of 16 prompts of 8": (*NFT, *ALL),
+    # As long as 200 iterations of the preset.
+    "two updates a rollout, 133 iterations": (
+        *("--iterations", "133", "--grpo.updates-per-rollout", "2"),
+    ),
+    "learn from all images, 133 iterations": (
+        *("--iterations", "133", "--grpo.best-and-worst", "None"),
+    ),
     "demo-gold": (),
     "demo-gold nft": (*NFT, *ALL),
     "demo-mix": (),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.clip import CLIPModel, normalize_features
 from diffusion_grpo.models.preprocess import ImageProcessorConfig, clip_preprocess
 from diffusion_grpo.pretrained import load_clip
+from diffusion_grpo.program_cache import shared_programs
 
 # Prompts are encoded once each, in padded chunks of this many: the text tower compiles once.
 PROMPTS_AT_ONCE = 16
@@ -62,8 +62,8 @@ class CLIPEmbedder:
         self._texts: dict[str, np.ndarray] = {}
         self._warned = False
         graphdef, self.weights = nnx.split(model)
-        self._encode_text = jax.jit(partial(_encode_text, graphdef))
-        self._encode_images = jax.jit(partial(_encode_images, graphdef, processor, preprocess))
+        self._encode_text = _text_encoder(graphdef)
+        self._encode_images = _image_encoder(graphdef, processor, preprocess)
 
     @classmethod
     def from_pretrained(
@@ -137,16 +137,22 @@ class CLIPEmbedder:
         return np.asarray(encoded["input_ids"], np.int32)
 
 
-def _encode_text(graphdef: Any, weights: Any, input_ids: jax.Array) -> jax.Array:
-    return normalize_features(nnx.merge(graphdef, weights).get_text_features(input_ids))
+@shared_programs
+def _text_encoder(graphdef: Any) -> Callable[..., Array]:
+    @jax.jit
+    def encode_text(weights: Any, input_ids: jax.Array) -> jax.Array:
+        return normalize_features(nnx.merge(graphdef, weights).get_text_features(input_ids))
+
+    return encode_text
 
 
-def _encode_images(
-    graphdef: Any,
-    processor: ImageProcessorConfig,
-    preprocess: Callable[..., Array],
-    weights: Any,
-    images: jax.Array,
-) -> jax.Array:
-    pixel_values = preprocess(images, processor)
-    return normalize_features(nnx.merge(graphdef, weights).get_image_features(pixel_values))
+@shared_programs
+def _image_encoder(
+    graphdef: Any, processor: ImageProcessorConfig, preprocess: Callable[..., Array]
+) -> Callable[..., Array]:
+    @jax.jit
+    def encode_images(weights: Any, images: jax.Array) -> jax.Array:
+        pixel_values = preprocess(images, processor)
+        return normalize_features(nnx.merge(graphdef, weights).get_image_features(pixel_values))
+
+    return encode_images

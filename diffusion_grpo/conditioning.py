@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import by_rows, on_devices, replicated, shards
 from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.pretrained import TIME_IDS, StableDiffusion
+from diffusion_grpo.program_cache import shared_programs
 from diffusion_grpo.text_encoding import ENCODERS, text_states, tower
 
 CHUNK = 16  # prompts encoded at a time
@@ -189,7 +190,15 @@ def _encode(
     padded = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % chunk, axis=0)])
     graphdef, weights = nnx.split(encoder)
     weights = on_devices(weights)
+    encode = _encoder(graphdef, clip_skip, penultimate=penultimate)
+    starts = range(0, len(padded), chunk)
+    parts = [replicated(encode(weights, padded[i : i + chunk])) for i in starts]
+    hidden, plain, pooled = zip(*parts, strict=True)
+    return jnp.concatenate(hidden), plain[0], jnp.concatenate(pooled)
 
+
+@shared_programs
+def _encoder(graphdef: Any, clip_skip: int, *, penultimate: bool) -> Callable[..., Any]:
     @jax.jit
     def encode(weights: Any, ids: Array) -> tuple[Array, Array, Array]:
         both, pooled = text_states(
@@ -197,10 +206,7 @@ def _encode(
         )
         return both[0], both[1][:1], pooled
 
-    starts = range(0, len(padded), chunk)
-    parts = [replicated(encode(weights, padded[i : i + chunk])) for i in starts]
-    hidden, plain, pooled = zip(*parts, strict=True)
-    return jnp.concatenate(hidden), plain[0], jnp.concatenate(pooled)
+    return encode
 
 
 def _length(tokenizer: Any, encoder: TextEncoder) -> int:

@@ -25,6 +25,7 @@ from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import by_rows, own_rows, resident, to_host
 from diffusion_grpo.pipeline import (
+    PolicyStructure,
     TrainablePolicy,
     latent_shape,
     make_decoder,
@@ -32,6 +33,7 @@ from diffusion_grpo.pipeline import (
     padded_chunks,
 )
 from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.program_cache import shared_programs
 from diffusion_grpo.prompts import Prompt, evaluated_on
 from diffusion_grpo.reward import RewardSet, Scoring
 from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise, step_noise
@@ -152,7 +154,7 @@ class Evaluator:
             image_keys(options.seed, 0, *index, "evaluation_initial"), shape
         )
         self._keys = image_keys(options.seed, 0, *index, "evaluation_step")
-        self._draw, self._lanes = make_sampler(policy), Lanes()
+        self._draw, self._lanes = make_sampler(policy.structure), Lanes()
         self._decode = make_decoder(model)
         self._chunk = rollout.microbatch
         known = all("task" in metadata for metadata in self.metadata)
@@ -304,12 +306,34 @@ def make_trajectory_kl(
         element with `mean`); without the last one the reference is conditioned like the policy.
     """
     other = reference or policy
+    divergence = _divergence(policy.structure, other.structure, reduction)
+    frozen, fixed = policy.frozen, (other.trained, other.frozen)
 
+    def measure(
+        trained: Any,
+        initial: Array,
+        keys: Array,
+        conditioning: Any,
+        reference_conditioning: Any = None,
+    ) -> Array:
+        if reference_conditioning is None:
+            reference_conditioning = conditioning
+        arguments = initial, keys, conditioning, reference_conditioning
+        return divergence(trained, frozen, fixed, schedule, *arguments)
+
+    return measure
+
+
+@shared_programs
+def _divergence(
+    policy: PolicyStructure, reference: PolicyStructure, reduction: Reduction
+) -> Callable[..., Array]:
     @jax.jit
     def divergence(
         trained: Any,
         frozen: Any,
         fixed: Any,
+        schedule: Schedule,
         initial: Array,
         keys: Array,
         conditioning: Any,
@@ -322,7 +346,7 @@ def make_trajectory_kl(
                 policy.denoiser(trained, frozen), noisy, i, x_t, conditioning
             )
             mean_ref, std_ref = denoising_step(
-                other.denoiser(*fixed), schedule, i, x_t, reference_conditioning
+                reference.denoiser(*fixed), schedule, i, x_t, reference_conditioning
             )
             x_s = mean + std * step_noise(keys, i, x_t.shape[1:])
             std_q = std_ref if policy.learns_noise else None
@@ -330,19 +354,4 @@ def make_trajectory_kl(
 
         return jax.lax.scan(step, initial, jnp.arange(schedule.num_steps))[1].sum(axis=0)
 
-    frozen, fixed = policy.frozen, (other.trained, other.frozen)
-
-    def measure(
-        trained: Any,
-        initial: Array,
-        keys: Array,
-        conditioning: Any,
-        reference_conditioning: Any = None,
-    ) -> Array:
-        if reference_conditioning is None:
-            reference_conditioning = conditioning
-        return divergence(
-            trained, frozen, fixed, initial, keys, conditioning, reference_conditioning
-        )
-
-    return measure
+    return divergence

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_grpo.config import Config, GRPOOptions
+from diffusion_grpo.config import Config
 from diffusion_grpo.consistency import images_learned_from, images_sharing_a_prompt
+from diffusion_grpo.gaussian import Reduction
 from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.learner import Learner, LearnerState, Rollout
-from diffusion_grpo.loss import LossConfig, compile_loss
-from diffusion_grpo.mesh import by_rows, join_rows, replicated, shards, to_host
+from diffusion_grpo.loss import CompiledLoss, LossConfig, compile_loss
+from diffusion_grpo.mesh import Place, by_rows, join_rows, replicated, shards, to_host
 from diffusion_grpo.microbatches import (
     Output,
     chunks,
@@ -26,10 +27,18 @@ from diffusion_grpo.microbatches import (
     make_policy_steps,
     make_rollout,
 )
-from diffusion_grpo.nft import NFTBatch, NFTConfig, compile_nft, draw_timesteps, make_nft_gradient
+from diffusion_grpo.nft import (
+    CompiledNFT,
+    NFTBatch,
+    NFTConfig,
+    compile_nft,
+    draw_timesteps,
+    make_nft_gradient,
+)
 from diffusion_grpo.optim import make_update, moved_average
-from diffusion_grpo.pipeline import TrainablePolicy
+from diffusion_grpo.pipeline import PolicyStructure, TrainablePolicy
 from diffusion_grpo.probe import check_drift, measure_drift
+from diffusion_grpo.program_cache import shared_programs
 from diffusion_grpo.rollout import fold_each
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, alphas_cumprod
 from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps, update_draw
@@ -84,7 +93,7 @@ class GRPOLearner(Learner):
             learned_noise=options.learn_noise_scale,
             microbatch=options.microbatch,
         )
-        self.loss = compile_loss(policy.denoiser, loss, policy.noise, place=self.place)
+        self.loss = _loss_programs(policy.structure, loss, self.place)
         self._update = make_update(
             make_gradient(self.loss),
             self._optimizer,
@@ -97,7 +106,9 @@ class GRPOLearner(Learner):
             policy, size=size, reduction=loss.reduction, means=loss.needs_reference_means
         )
         self._old_steps = make_policy_steps(policy, size=size, reduction=loss.reduction, means=True)
-        self._image_kl = self._compile_image_kl(options)
+        self._image_kl = _image_kl(
+            policy.structure, options.kl, options.log_prob_reduction, options.learn_noise_scale
+        )
         every, positions = config.rollout.window_every, config.rollout.num_steps
         for number in range(positions if every else 1):  # each place of a moving window has steps
             self.plan(self.schedule(number * every), number * every)
@@ -232,34 +243,6 @@ class GRPOLearner(Learner):
         ]
         return replicated(join_rows(each))
 
-    def _compile_image_kl(self, options: GRPOOptions) -> Any:
-        policy, kind = self.policy, options.kl
-        reduction, learned_noise = options.log_prob_reduction, options.learn_noise_scale
-
-        @jax.jit
-        def image_kl(
-            params: Any,
-            reference: Any,
-            frozen: Any,
-            schedule: Schedule,
-            batch: UpdateBatch,
-            active: Any,
-        ) -> Any:
-            return trajectory_kl(
-                policy.denoiser(params, frozen),
-                policy.noise(params, schedule),
-                policy.denoiser(reference, frozen),
-                schedule,
-                batch.trajectory,
-                batch.conditioning,
-                active,
-                kind=kind,  # pyright: ignore[reportArgumentType]  'mse' is refused by validation
-                reduction=reduction,
-                learned_noise=learned_noise,
-            )
-
-        return image_kl
-
 
 class NFTLearner(Learner):
     """DiffusionNFT on the final latents; see `nft.py`."""
@@ -280,7 +263,7 @@ class NFTLearner(Learner):
             penalty=config.grpo.beta > 0,
             microbatch=config.grpo.microbatch,
         )
-        compiled = compile_nft(policy.denoiser, loss, alphas_cumprod(scheduler), place=self.place)
+        compiled = _nft_programs(policy.structure, loss, scheduler, self.place)
         self._update = make_update(
             make_nft_gradient(compiled),
             self._optimizer,
@@ -288,7 +271,6 @@ class NFTLearner(Learner):
             place=self.place,
         )
         self._draw = make_final_rollout(config, policy)
-        self._follow = jax.jit(moved_average, donate_argnums=0)
         self.schedule(0)  # refuses a window that does not fit
         if scheduler.prediction_type == "epsilon":
             self.notes.append(
@@ -338,7 +320,7 @@ class NFTLearner(Learner):
             )
             history.append(metrics)
         decay = min(self.config.nft.decay, self.config.nft.decay_rise * iteration)
-        old = self._follow(state.old, train.params, jnp.float32(decay))
+        old = _follow(state.old, train.params, jnp.float32(decay))
         history = to_host(history)
         return self._with_beta(state._replace(train=train, old=old), history)
 
@@ -354,6 +336,48 @@ class NFTLearner(Learner):
         if options.combine == "advantages":
             return advantages / sum(abs(spec.weight) for spec in self.config.training_rewards())
         return advantages
+
+
+@shared_programs
+def _loss_programs(policy: PolicyStructure, config: LossConfig, place: Place) -> CompiledLoss:
+    return compile_loss(policy.denoiser, config, policy.noise, place=place)
+
+
+@shared_programs
+def _nft_programs(
+    policy: PolicyStructure, config: NFTConfig, scheduler: SchedulerConfig, place: Place
+) -> CompiledNFT:
+    return compile_nft(policy.denoiser, config, alphas_cumprod(scheduler), place=place)
+
+
+@shared_programs
+def _image_kl(policy: PolicyStructure, kind: Any, reduction: Reduction, learned_noise: bool) -> Any:
+    @jax.jit
+    def image_kl(
+        params: Any,
+        reference: Any,
+        frozen: Any,
+        schedule: Schedule,
+        batch: UpdateBatch,
+        active: Any,
+    ) -> Any:
+        return trajectory_kl(
+            policy.denoiser(params, frozen),
+            policy.noise(params, schedule),
+            policy.denoiser(reference, frozen),
+            schedule,
+            batch.trajectory,
+            batch.conditioning,
+            active,
+            kind=kind,
+            reduction=reduction,
+            learned_noise=learned_noise,
+        )
+
+    return image_kl
+
+
+_follow = jax.jit(moved_average, donate_argnums=0)
 
 
 def _notes(config: Config, plan: StepPlan, latent: tuple[int, int, int]) -> list[str]:

@@ -19,8 +19,9 @@ from diffusion_grpo.gaussian import Reduction
 from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import by_rows, join_rows, own_rows, resident, take_rows
-from diffusion_grpo.pipeline import TrainablePolicy, make_sampler
+from diffusion_grpo.pipeline import PolicyStructure, TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES
+from diffusion_grpo.program_cache import shared_programs
 from diffusion_grpo.reward import Scoring
 from diffusion_grpo.rollout import Trajectory, sample
 from diffusion_grpo.schedule import Schedule
@@ -47,9 +48,26 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
         trajectories; `output` is given each microbatch's clean latents as soon as they are on their
         way (see `Output`).
     """
-    reduction = config.grpo.log_prob_reduction
-    storage = DTYPES[config.rollout.storage_dtype]
+    draw = _recorder(
+        policy.structure, config.grpo.log_prob_reduction, DTYPES[config.rollout.storage_dtype]
+    )
+    draw_parts = _over_microbatches(draw, config.rollout.microbatch, lambda drawn: drawn.final)
 
+    def rollout(*arguments: Any, output: Output | None = None) -> Trajectory:
+        parts = draw_parts(*arguments, output=output)
+        return Trajectory(
+            join_rows([p.latents for p in parts], 1),
+            parts[0].timesteps,
+            join_rows([p.log_probs for p in parts], 1),
+        )
+
+    return rollout
+
+
+@shared_programs
+def _recorder(
+    policy: PolicyStructure, reduction: Reduction, storage: Any
+) -> Callable[..., Trajectory]:
     @jax.jit
     def draw(
         trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
@@ -67,22 +85,12 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
             latents=by_rows(drawn.latents, 1), log_probs=by_rows(drawn.log_probs, 1)
         )
 
-    draw_parts = _over_microbatches(draw, config.rollout.microbatch, lambda drawn: drawn.final)
-
-    def rollout(*arguments: Any, output: Output | None = None) -> Trajectory:
-        parts = draw_parts(*arguments, output=output)
-        return Trajectory(
-            join_rows([p.latents for p in parts], 1),
-            parts[0].timesteps,
-            join_rows([p.log_probs for p in parts], 1),
-        )
-
-    return rollout
+    return draw
 
 
 def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., jax.Array]:
     """Compile the sampler that keeps the clean latents alone; called as `make_rollout`'s."""
-    draw = make_sampler(policy)
+    draw = make_sampler(policy.structure)
     draw_parts = _over_microbatches(draw, config.rollout.microbatch, lambda drawn: drawn)
 
     def rollout(*arguments: Any, output: Output | None = None) -> jax.Array:
@@ -143,9 +151,26 @@ def make_policy_steps(
     Returns:
         (trained, frozen, schedule, batch, active steps) → its steps.
     """
+    chunk = _describer(policy.structure, reduction, means=means)
 
+    def steps(
+        trained: Any, frozen: Any, schedule: Schedule, batch: UpdateBatch, active: Any
+    ) -> PolicySteps:
+        parts = [
+            chunk(trained, frozen, schedule, batch.take(rows), active)
+            for rows in chunks(len(batch.advantages), size)
+        ]
+        return jax.tree.map(lambda *leaves: join_rows(leaves, 1), *parts)
+
+    return steps
+
+
+@shared_programs
+def _describer(
+    policy: PolicyStructure, reduction: Reduction, *, means: bool
+) -> Callable[..., PolicySteps]:
     @jax.jit
-    def chunk(
+    def describe(
         trained: Any, frozen: Any, schedule: Schedule, batch: UpdateBatch, active: Any
     ) -> PolicySteps:
         return policy_steps(
@@ -158,16 +183,7 @@ def make_policy_steps(
             means=means,
         )
 
-    def steps(
-        trained: Any, frozen: Any, schedule: Schedule, batch: UpdateBatch, active: Any
-    ) -> PolicySteps:
-        parts = [
-            chunk(trained, frozen, schedule, batch.take(rows), active)
-            for rows in chunks(len(batch.advantages), size)
-        ]
-        return jax.tree.map(lambda *leaves: join_rows(leaves, 1), *parts)
-
-    return steps
+    return describe
 
 
 def chunks(count: int, size: int) -> list[slice]:

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from diffusion_grpo.learning_sections import OptimConfig
 from diffusion_grpo.mesh import Place, replicated, resident
+from diffusion_grpo.program_cache import shared_programs
 
 
 class TrainState(NamedTuple):
@@ -69,6 +70,7 @@ def learning_rate(options: OptimConfig, iterations: int) -> Callable[[Any], Any]
     return rate
 
 
+@shared_programs
 def make_optimizer(
     options: OptimConfig, updates_per_rollout: int, iterations: int
 ) -> tuple[optax.GradientTransformation, Callable[[int], float]]:
@@ -140,7 +142,23 @@ def make_update(
         A loss or a gradient that is not finite leaves parameters, moments and average as they were;
         `skipped` is 1 then, and the state's `nonfinite` and the learning rate go on.
     """
+    apply = _applied(optimizer, ema_decay, place)
 
+    def update(
+        state: TrainState, *arguments: Any, **options: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
+        gradient, metrics = gradient_of(state.params, *arguments, **options)
+        with resident():
+            state, applied = apply(state, gradient, metrics["loss"])
+        return state, metrics | applied
+
+    return update
+
+
+@shared_programs
+def _applied(
+    optimizer: optax.GradientTransformation, ema_decay: float | None, place: Place
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     @partial(jax.jit, donate_argnums=0)
     def apply(state: TrainState, gradient: Any, loss: Array) -> tuple[TrainState, dict[str, Array]]:
         norm = optax.tree.norm(gradient)
@@ -163,12 +181,4 @@ def make_update(
         metrics = {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
         return place(state), replicated(metrics)
 
-    def update(
-        state: TrainState, *arguments: Any, **options: Any
-    ) -> tuple[TrainState, dict[str, Array]]:
-        gradient, metrics = gradient_of(state.params, *arguments, **options)
-        with resident():
-            state, applied = apply(state, gradient, metrics["loss"])
-        return state, metrics | applied
-
-    return update
+    return apply

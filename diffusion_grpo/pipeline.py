@@ -8,6 +8,7 @@ weights and one program serves the policy, the old policy and the reference.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -25,6 +26,7 @@ from diffusion_grpo.mesh import by_rows, gathered, on_devices, resident, shards
 from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.models.vae import VAEConfig
 from diffusion_grpo.pretrained import StableDiffusion, image_size
+from diffusion_grpo.program_cache import shared_programs
 from diffusion_grpo.rollout import (
     Denoiser,
     guided,
@@ -47,13 +49,56 @@ class LoRAOptions(TypedDict):
     alpha: float
 
 
+@dataclasses.dataclass(frozen=True)
+class PolicyStructure:
+    """All of a policy but its parameters: what is compiled in.
+
+    Attributes:
+        graphdef: of the network.
+        guidance_scale: s of classifier-free guidance.
+        learns_noise: whether the trained parameters hold a log noise scale of each step.
+        group: see `TrainablePolicy.of_groups`.
+    """
+
+    graphdef: Any
+    guidance_scale: float
+    learns_noise: bool = False
+    group: int = 1
+
+    def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
+        """Return the guided denoiser with the given parameters; its conditioning is by image."""
+        network, frozen = gathered(self.parameters(trained)), gathered(frozen)
+
+        def apply(sample: Array, timesteps: Array, conditioning: Conditioning) -> Array:
+            return nnx.merge(self.graphdef, network, frozen)(sample, timesteps, **conditioning)
+
+        denoise = guided(apply, self.guidance_scale)
+        if self.group == 1:
+            return denoise
+
+        def by_prompt(latents: Array, timestep: Array, conditioning: Any) -> Array:
+            prompts, negative = conditioning
+            each = math.gcd(self.group, len(latents))
+            return denoise(latents, timestep, (every(prompts, each), negative))
+
+        return by_prompt
+
+    def noise(self, trained: Any, schedule: Schedule) -> Schedule:
+        """Return the rollout's schedule with the policy's own noise, where it learns one."""
+        return scaled_noise(schedule, trained["log_noise_scale"]) if self.learns_noise else schedule
+
+    def parameters(self, trained: Any) -> Any:
+        """Return the trained parameters that are the network's."""
+        return trained["unet"] if self.learns_noise else trained
+
+
 class TrainablePolicy:
     """A UNet, or one behind its text encoders, split into what is trained and what is not.
 
     Attributes:
+        structure: what is compiled in.
         trained: the initial trained parameters, float32; they are the reference policy's too.
         frozen: the other parameters.
-        learns_noise: whether the trained parameters hold a log noise scale of each step.
         reads_tokens: whether the network is conditioned on tokens, and not on text states.
     """
 
@@ -75,10 +120,8 @@ class TrainablePolicy:
                 None leaves the noise as scheduled.
         """
         self.reads_tokens = isinstance(network, TextConditionedUNet)
-        self._graphdef, trained, self.frozen = nnx.split(network, trainable, ...)
-        self._guidance_scale = guidance_scale
-        self._group = 1
-        self.learns_noise = noise_steps is not None
+        graphdef, trained, self.frozen = nnx.split(network, trainable, ...)
+        self.structure = PolicyStructure(graphdef, guidance_scale, noise_steps is not None)
         self.trained: Any = trained
         if noise_steps is not None:
             self.trained = {
@@ -95,38 +138,27 @@ class TrainablePolicy:
         greatest common divisor of its size and `size`.
         """
         grouped = copy.copy(self)
-        grouped._group = size
+        grouped.structure = dataclasses.replace(self.structure, group=size)
         return grouped
 
     def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
         """Return the guided denoiser with the given parameters; its conditioning is by image."""
-        network, frozen = gathered(self._parameters(trained)), gathered(frozen)
-
-        def apply(sample: Array, timesteps: Array, conditioning: Conditioning) -> Array:
-            return nnx.merge(self._graphdef, network, frozen)(sample, timesteps, **conditioning)
-
-        denoise = guided(apply, self._guidance_scale)
-        if self._group == 1:
-            return denoise
-
-        def by_prompt(latents: Array, timestep: Array, conditioning: Any) -> Array:
-            prompts, negative = conditioning
-            each = math.gcd(self._group, len(latents))
-            return denoise(latents, timestep, (every(prompts, each), negative))
-
-        return by_prompt
+        return self.structure.denoiser(trained, frozen)
 
     def noise(self, trained: Any, schedule: Schedule) -> Schedule:
         """Return the rollout's schedule with the policy's own noise, where it learns one."""
-        return scaled_noise(schedule, trained["log_noise_scale"]) if self.learns_noise else schedule
+        return self.structure.noise(trained, schedule)
 
     def network(self, trained: Any, frozen: Any = None) -> Any:
         """Return the network with the given trained parameters, and the others as they are."""
         others = self.frozen if frozen is None else frozen
-        return nnx.merge(self._graphdef, self._parameters(trained), others)
+        parameters = self.structure.parameters(trained)
+        return nnx.merge(self.structure.graphdef, parameters, others)
 
-    def _parameters(self, trained: Any) -> Any:
-        return trained["unet"] if self.learns_noise else trained
+    @property
+    def learns_noise(self) -> bool:
+        """Whether the trained parameters hold a log noise scale of each step."""
+        return self.structure.learns_noise
 
 
 def make_policy(
@@ -182,19 +214,24 @@ def adapted_network(
 def make_decoder(model: StableDiffusion) -> Callable[[Float[Array, "B h w c"]], Any]:
     """Compile latents → uint8 images `[B, H, W, 3]`, rounded once, for rewards and files."""
     graphdef, weights = nnx.split(model.vae)
-    scaling = model.vae.config.scaling_factor
-
-    @jax.jit
-    def decode(weights: Any, latents: Array) -> Array:
-        images = nnx.merge(graphdef, weights).decode(latents.astype(jnp.float32) / scaling)
-        levels = jnp.round((images.astype(jnp.float32) / 2 + 0.5).clip(0, 1) * 255)
-        return by_rows(levels.astype(jnp.uint8))
+    decode = _decoder(graphdef, model.vae.config.scaling_factor)
 
     def resident_decode(latents: Array) -> Array:
         with resident():
             return decode(weights, latents)
 
     return resident_decode
+
+
+@shared_programs
+def _decoder(graphdef: Any, scaling: float) -> Callable[..., Array]:
+    @jax.jit
+    def decode(weights: Any, latents: Array) -> Array:
+        images = nnx.merge(graphdef, weights).decode(latents.astype(jnp.float32) / scaling)
+        levels = jnp.round((images.astype(jnp.float32) / 2 + 0.5).clip(0, 1) * 255)
+        return by_rows(levels.astype(jnp.uint8))
+
+    return decode
 
 
 def latent_shape(
@@ -304,7 +341,7 @@ def generate(
         start = image_keys(seed, 0, group, index, "evaluation_initial")
         latents = initial_noise(start, shape)
     decode = make_decoder(model)
-    draw = make_solved(policy, previews=on_previews is not None)
+    draw = make_solved(policy.structure, previews=on_previews is not None)
     images = []
     for rows in padded_chunks(count, batch_size):
         part = (latents[rows], keys[rows], of_rows(conditioning, rows))
@@ -328,7 +365,8 @@ def _check_counts(prompts: Sequence[str], **numbers: Sequence[int] | None) -> No
             )
 
 
-def make_solved(policy: TrainablePolicy, *, previews: bool = False) -> Callable[..., Any]:
+@shared_programs
+def make_solved(policy: PolicyStructure, *, previews: bool = False) -> Callable[..., Any]:
     """Compile `samplers.solve` of a policy.
 
     Returns:
@@ -350,7 +388,8 @@ def make_solved(policy: TrainablePolicy, *, previews: bool = False) -> Callable[
     return draw
 
 
-def make_sampler(policy: TrainablePolicy) -> Callable[..., Array]:
+@shared_programs
+def make_sampler(policy: PolicyStructure) -> Callable[..., Array]:
     """Compile `sample_final` of a policy.
 
     Returns:

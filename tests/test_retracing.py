@@ -1,5 +1,6 @@
-"""A run compiles in its first iterations, and never after."""
+"""A run compiles in its first iterations and never after; another in the process not at all."""
 
+import jax
 import pytest
 from compilations import compilations
 from tiny_run import config
@@ -41,8 +42,13 @@ def test_nothing_is_compiled_after_the_second_iteration(checkpoint, tmp_path, mo
     monkeypatch.setattr(run, "update_metrics", count)
     changed = {"run__iterations": ITERATIONS, "eval__every": 2, "eval__keep_best": False}
     changed |= CHOICES[choice]
+    jax.clear_caches()
     with compilations() as compiled:
         run.train(config(checkpoint, tmp_path, **changed), quiet=True)
     assert len(at_iteration) == ITERATIONS
     assert at_iteration[0] > 5  # sampling, decoding and the update, at least
     assert at_iteration[2:] == [at_iteration[1]] * 3, compiled[at_iteration[1] :]
+    changed |= {"run__seed": 1, "run__output": tmp_path / "again"}
+    with compilations() as compiled:
+        run.train(config(checkpoint, tmp_path, **changed), quiet=True)
+    assert compiled == []

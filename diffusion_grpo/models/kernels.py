@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 import os
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ Implementation = Literal["xla", "cudnn", "heads_first"]
 VARIABLE = "DIFFUSION_GRPO_ATTENTION"  # of the environment: overrides the choice
 _CHOICES: tuple[Implementation, ...] = ("xla", "cudnn", "heads_first")
 
-_PLANNED: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+# One of JAX's own contexts: a program that was traced in it is not taken for one that runs.
+_PLANNED = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
@@ -30,16 +30,13 @@ def planned_for(backend: str) -> Iterator[None]:
     It can be traced, and its cost found, but not run there: what cuDNN would do is stood in for by
     a program named `fused_attention`.
     """
-    token = _PLANNED.set(backend)
-    try:
+    with _PLANNED(backend):
         yield
-    finally:
-        _PLANNED.reset(token)
 
 
 def backend() -> str:
     """Return JAX's name of the device that is traced for: cpu, gpu, tpu."""
-    return _PLANNED.get() or jax.default_backend()
+    return _PLANNED.value or jax.default_backend()
 
 
 def attention_implementation(
@@ -94,7 +91,7 @@ def attend(
     )
     if implementation == "heads_first":
         return _heads_first(query, key, value)
-    if implementation == "cudnn" and _PLANNED.get():
+    if implementation == "cudnn" and _PLANNED.value:
         return _stand_in(query, key, value)
     # Inside, JAX promotes bfloat16 to float32 implicitly, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
