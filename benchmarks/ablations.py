@@ -107,6 +107,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "demo-gold 900 iterations": ("--iterations", "900"),
     "demo-gold nft 500 iterations": (*NFT, *ALL, "--iterations", "500"),
     "demo-gold nft 1000 iterations": (*NFT, *ALL, "--iterations", "1000"),
+    "demo-mix nft 500 iterations": (*NFT, *ALL, "--iterations", "500"),
 }
 
 

@@ -155,7 +155,7 @@ def small(family: Family, vocabulary: int) -> Family:
         other = WIDTHS["text_encoder_2"]
         unet |= {
             "cross_attention_dim": width + other,
-            "transformer_layers_per_block": (1, 2, 3),
+            "transformer_layers_per_block": (1, 1, 2),  # of the first no block has any
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": other + 6 * 8,
         }

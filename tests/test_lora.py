@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from flax import nnx
 from torch_checkpoints import make_unet
@@ -109,16 +110,29 @@ def test_adapter_of_a_bfloat16_layer_is_float32_and_the_result_bfloat16():
     assert module.linear(jnp.ones((1, 6), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_a_new_adapter_is_drawn_with_a_variance_of_one_over_the_rank_squared():
+    module = nnx.Sequential(nnx.Linear(2000, 3, rngs=nnx.Rngs(0)))
+    (path,) = attach_lora(module, [r"0"], rank=8, alpha=2.0, rngs=nnx.Rngs(0))
+    a, b, scale = lora_factors(module)[path]
+    assert (a.shape, b.shape, scale) == ((2000, 8), (8, 3), 0.25)
+    draws = np.asarray(a, np.float64) * 8
+    assert scipy.stats.kstest(draws.ravel(), "norm").pvalue > 1e-3
+    assert not b.any()
+
+
 def test_several_adapters_add_up_with_their_weights():
     module = Small()
-    first, second = (Factors(_random(6, 2, seed=i), _random(2, 5, seed=i + 9), 1.0) for i in (1, 2))
+    first, second = (
+        Factors(_random(6, 2, seed=i), _random(2, 5, seed=i + 9), scale)
+        for i, scale in ((1, 3.0), (2, 1.0))
+    )
     insert_lora(module, {"linear": first}, name="style")
     insert_lora(module, {"linear": second}, name="subject")
     assert lora_names(module) == ["style", "subject"]
     weight_lora(module, {"style": 0.25})
     x = _random(3, 6)
     w, b = _float64(module.linear.kernel[...], module.linear.bias[...])
-    expected = x @ w + b + 0.25 * (x @ first.a) @ first.b + (x @ second.a) @ second.b
+    expected = x @ w + b + 0.75 * (x @ first.a) @ first.b + (x @ second.a) @ second.b
     np.testing.assert_allclose(module.linear(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
     remove_lora(module, ["style"])
     expected = x @ w + b + (x @ second.a) @ second.b
@@ -184,6 +198,14 @@ def test_merged_model_gives_the_same_output_without_adapters(unet):
 def test_pattern_that_matches_nothing_is_an_error(unet):
     with pytest.raises(UsageError, match="'to_qq' matches no linear.*did you mean 'to_q'"):
         attach_lora(unet, ("to_qq",), rank=4, alpha=4.0, rngs=nnx.Rngs(1))
+
+
+def test_a_pattern_is_of_whole_names_at_the_end_of_a_path():
+    names = ("query", "subquery", "query_norm", "query2")
+    layers = {name: nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for name in names}
+    module = nnx.Dict(first=nnx.Dict(layers), query=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    adapted = attach_lora(module, ["query"], rank=1, alpha=1.0, rngs=nnx.Rngs(0))
+    assert sorted(adapted) == ["first.query", "query"]
 
 
 def test_norms_cannot_be_adapted(unet):

@@ -1,9 +1,12 @@
+import itertools
 import json
 from collections import Counter
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import scipy.stats
 
 from diffusion_grpo import prompt_files
 from diffusion_grpo.config import PRESETS
@@ -139,6 +142,14 @@ def test_missing_prompt_list_is_refused(name):
         load_prompts(name)
 
 
+@pytest.fixture(params=["a table of places", "no table"])
+def shuffled(request, monkeypatch):
+    """Lists are shuffled as short ones are, and as those that are too long for a table."""
+    if request.param == "no table":
+        monkeypatch.setattr("diffusion_grpo.prompts._SHUFFLED_WHOLE", 0)
+
+
+@pytest.mark.usefixtures("shuffled")
 @pytest.mark.parametrize(("count", "num_prompts"), [(12, 4), (10, 4), (7, 7), (5, 3)])
 def test_every_prompt_is_visited_once_before_any_is_visited_again(count, num_prompts):
     prompts = _numbered(count)
@@ -159,6 +170,7 @@ def test_batch_is_a_function_of_seed_and_iteration_alone():
     assert all(prompts[index] is prompt for batch in forward for index, prompt in batch)
 
 
+@pytest.mark.usefixtures("shuffled")
 def test_order_differs_between_epochs_and_between_seeds():
     prompts = _numbered(40)
     first, second = prompt_batch(prompts, 1, 0, 40), prompt_batch(prompts, 1, 1, 40)
@@ -273,6 +285,15 @@ def test_shuffle_without_a_table_is_a_permutation():
     assert shuffled != [shuffled_place(i, 1000, (3, 2)) for i in range(1000)]
 
 
+def test_places_of_a_shuffle_without_a_table_do_not_depend_on_the_index():
+    index = np.arange(4096)
+    places = np.array([shuffled_place(i, 4096, (3, 1)) for i in range(4096)])
+    for three_bits, others in itertools.product((0, 3, 6, 9), repeat=2):
+        table = np.zeros((8, 8))
+        np.add.at(table, (index >> three_bits & 7, places >> others & 7), 1)
+        assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
+
+
 def _share(prompts, text, batches=300):
     drawn = [t for i in range(batches) for t in _texts(prompts, i, 10)]
     return sum(text in t for t in drawn) / len(drawn)
@@ -379,6 +400,7 @@ def test_held_out_prompts_that_are_trained_on_are_told():
     assert note is not None and note.startswith("2 of the 3 held-out prompts are trained on too")
     assert "such as 'a dog'" in note
     assert overlap_note(train, heldout[:1]) is None
+    assert overlap_note(train * 40_000, heldout) is None  # too long to be gone through
     for name in ("animals", "ocr", "shapes"):
         assert overlap_note(load_prompts(name), load_prompts(f"{name}_heldout")) is None
 
