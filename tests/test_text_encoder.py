@@ -13,7 +13,7 @@ from tiny_run import config, flags, lasting
 from torch_checkpoints import TWO_LEVELS, write_family, write_pipeline
 
 from diffusion_grpo.cli import main
-from diffusion_grpo.conditioning import encode_prompts
+from diffusion_grpo.conditioning import encode_prompts, prompts_at_once
 from diffusion_grpo.config import load_config
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.flops import count_flops
@@ -92,6 +92,20 @@ def test_the_prompt_of_a_group_is_read_once(name, tokens, pipelines):
     wrong, fewest = denoised(policy.of_groups(12))  # taken at its word: 6 images of the first
     assert fewest < few < many
     assert float(jnp.abs(wrong - alone).max()) > 1e-3 * float(jnp.abs(alone).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    # Bytes of a prompt: states of 16 tokens; of SDXL also the second encoder's pooled state and 6
+    # size ids.
+    [("sd", 4 * 16 * 24), ("sdxl", 4 * (16 * (24 + 40) + 40 + 6))],
+)
+def test_as_many_prompts_are_encoded_at_once_as_the_memory_for_them_holds(name, size, pipelines):
+    model = StableDiffusion.from_pretrained(pipelines[name])
+    assert prompts_at_once(model, budget=10 * size) == 10
+    assert prompts_at_once(model, budget=10 * size - 1) == 9
+    assert prompts_at_once(model, budget=1) == 1
+    assert prompts_at_once(model, budget=10 * size, most=4) == 4
 
 
 @pytest.mark.parametrize("name", ENCODERS)
