@@ -141,6 +141,7 @@ def describe(work: Workload) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "work": {
+            "algorithm": config.grpo.algorithm,
             "images": config.rollout.num_images,
             "images_learned": work.images_learned,
             "steps": config.rollout.num_steps,

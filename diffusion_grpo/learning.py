@@ -263,9 +263,9 @@ class NFTLearner(Learner):
             penalty=config.grpo.beta > 0,
             microbatch=config.grpo.microbatch,
         )
-        compiled = _nft_programs(policy.structure, loss, scheduler, self.place)
+        self.loss = _nft_programs(policy.structure, loss, scheduler, self.place)
         self._update = make_update(
-            make_nft_gradient(compiled),
+            make_nft_gradient(self.loss),
             self._optimizer,
             ema_decay=config.optim.ema_decay,
             place=self.place,

@@ -23,16 +23,15 @@ from diffusion_grpo.costs import Cost, program_cost
 from diffusion_grpo.devices import Device
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.lanes import MOST, cores
-from diffusion_grpo.learning import GRPOLearner, make_learner
+from diffusion_grpo.learning import GRPOLearner, NFTLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
-from diffusion_grpo.mesh import parameter_spec
-from diffusion_grpo.microbatches import make_rollout
+from diffusion_grpo.microbatches import make_final_rollout, make_rollout
 from diffusion_grpo.models.kernels import planned_for
 from diffusion_grpo.models.unet import UNet2DConditionModel
 from diffusion_grpo.models.vae import AutoencoderKL
 from diffusion_grpo.optim import make_optimizer
 from diffusion_grpo.pipeline import TrainablePolicy, adapted_network, latent_size
-from diffusion_grpo.plan_memory import Memory, linear_peak, peak_of
+from diffusion_grpo.plan_memory import Memory, linear_peak, peak_of, share_of, size_of
 from diffusion_grpo.preparation import lora_options
 from diffusion_grpo.pretrained import DTYPES
 from diffusion_grpo.programs import noise_steps, update_arguments
@@ -75,17 +74,15 @@ def make_plan(config: Config, model: Architecture, device: Device, count: int) -
     """Plan a run.
 
     Args:
-        config: the run's, validated; GRPO.
+        config: the run's, validated.
         model: its networks.
         device: of which kind.
         count: how many; `config.mesh` says how they are laid out, as in a run.
 
     Raises:
-        UsageError: the algorithm is not GRPO, the mesh has another number of devices, or the
-            devices do not divide the microbatches.
+        UsageError: the mesh has another number of devices, or the devices do not divide the
+            microbatches.
     """
-    if config.grpo.algorithm != "grpo":
-        raise UsageError("plan knows GRPO alone: grpo.algorithm is 'nft'")
     mesh = config.mesh
     laid_out = mesh.fsdp * (max(count // mesh.fsdp, 1) if mesh.data is None else mesh.data)
     if laid_out != count:
@@ -142,13 +139,18 @@ class _Planner:
         self.image = (factor * self.latent[0], factor * self.latent[1], 3)
         scheduler = SchedulerConfig.from_dict(model.scheduler)
         learner = make_learner(config, self.policy, scheduler, self.latent)
-        assert isinstance(learner, GRPOLearner)
+        assert isinstance(learner, GRPOLearner | NFTLearner)
         self.learner = learner
         self.vae = nnx.split(
             nnx.eval_shape(
                 lambda: AutoencoderKL(model.vae, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
             )
         )
+
+    @property
+    def nft(self) -> bool:
+        """Whether it is DiffusionNFT that is planned, and not GRPO."""
+        return isinstance(self.learner, NFTLearner)
 
     def conditioning(self, size: int) -> tuple[Any, Any]:
         """Return the shapes of what the denoiser is conditioned on."""
@@ -175,7 +177,7 @@ class _Planner:
         """Return the cost of drawing a microbatch."""
         rollout = dataclasses.replace(self.config.rollout, microbatch=size)
         config = dataclasses.replace(self.config, rollout=rollout)
-        draw = make_rollout(config, self.learner.policy)
+        draw = (make_final_rollout if self.nft else make_rollout)(config, self.learner.policy)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
         return program_cost(
             draw,
@@ -213,8 +215,11 @@ class _Planner:
         state = share_of(jax.eval_shape(optimizer.init, self.policy.trained), shards)
         # A program gathers what is divided and holds it beside the shares, while it runs; what a
         # ring sends for that is all that a device has not got.
-        gather = whole - trained + size_of(self.policy.frozen) - network
-        gathered = gather * fsdp // (fsdp - 1) if gather else 0
+        of_trained, of_frozen = whole - trained, size_of(self.policy.frozen) - network
+        gather, updating = of_trained + of_frozen, self.policies() * of_trained + of_frozen
+
+        def gathered(sent: int) -> int:
+            return sent * fsdp // (fsdp - 1) if sent else 0
 
         def lanes(microbatches: int) -> int:
             """How many microbatches are at work at the same time; see `lanes.py`."""
@@ -227,31 +232,33 @@ class _Planner:
                 "frozen parameters": frozen + size_of(self.vae[1]),
                 "trained parameters": trained,
                 "reference": trained,
+                **({"old policy": trained} if self.nft else {}),
                 "optimizer state": state + (trained if config.optim.ema_decay is not None else 0),
                 "trajectories": self.trajectory_bytes(images),
             },
             gradient=trained,
             images=images,
             learned=chosen,
-            sampled=linear_peak(sample, drawn, self.sample, beside=gathered),
+            sampled=linear_peak(sample, drawn, self.sample, beside=gathered(gather)),
             decoded=linear_peak(decoded, drawn, self.decode),
-            updated=linear_peak(update, learned, self.update, beside=gathered),
+            updated=linear_peak(update, learned, self.update, beside=gathered(updating)),
             slack=device.slack,
             lanes=lanes,
         )
         active, steps = self.steps()
         updates = options.updates_per_rollout
-        sweeps = sum(self.learner.loss.config.sweeps(updates))
+        sweeps = sum(self.sweeps())
         calls = chosen // learned * steps * updates
         share = active / rollout.num_steps  # of a rollout's forwards, in a sweep over its images
         extra = sweeps * share * chosen / images
         parts = images // drawn
         rate = device.flops if config.model.dtype == "bfloat16" else device.flops_float32
         sampled = parts * device.seconds(sample, rate)
-        with_kl = 1 + self.learner.reward_kl_forwards * share  # rollouts, with one in the reward
-        # An adapter's gradient is summed over the devices once an update, a network's in each call.
-        reduced = round(2 * (count - 1) / count * whole) * (calls if full else updates)
-        communicated = reduced + (parts + calls + self.sweep_calls()) * gather
+        with_kl = 1 + self.reward_kl_forwards() * share  # rollouts, with one in the reward
+        # GRPO sums an adapter's gradient over the devices once an update; all others each call.
+        sums = calls if full or self.nft else updates
+        reduced = round(2 * (count - 1) / count * whole) * sums
+        communicated = reduced + (parts + self.sweep_calls()) * gather + calls * updating
         seconds = {
             "sample": with_kl * sampled,
             "decode": parts * device.seconds(decoded, rate),
@@ -311,19 +318,40 @@ class _Planner:
         return found
 
     def steps(self) -> tuple[int, int]:
-        """Return (A, K), the steps that take part and those that are differentiated."""
+        """Return (A, K), the steps that take part and those that are differentiated.
+
+        Of DiffusionNFT none takes part, and an image is differentiated at K timesteps.
+        """
+        if isinstance(self.learner, NFTLearner):
+            return 0, self.config.nft.timesteps
         active = len(self.learner.plan(self.learner.schedule(0), 0).active)
         return active, self.config.grpo.gradient_steps or active
+
+    def policies(self) -> int:
+        """Return how many policies the program of the update evaluates."""
+        if isinstance(self.learner, NFTLearner):  # the trained one, the old one, the reference
+            return 3 if self.learner.loss.config.penalty else 2
+        return 1
+
+    def sweeps(self) -> tuple[int, int]:
+        """Return how many policies evaluate recorded steps; see `LossConfig.sweeps`."""
+        if isinstance(self.learner, NFTLearner):
+            return 0, 0
+        return self.learner.loss.config.sweeps(self.config.grpo.updates_per_rollout)
+
+    def reward_kl_forwards(self) -> int:
+        """Return how many do for a KL in the reward."""
+        return 0 if isinstance(self.learner, NFTLearner) else self.learner.reward_kl_forwards
 
     def sweep_calls(self) -> int:
         """Return how many programs of an iteration evaluate recorded steps, without a gradient."""
         rollout, options = self.config.rollout, self.config.grpo
         images = images_learned_from(rollout, options)
-        moving, others = self.learner.loss.config.sweeps(options.updates_per_rollout)
+        moving, others = self.sweeps()
         calls = moving * (images // options.microbatch)
         calls += others * (images // math.gcd(rollout.microbatch, images))
         # The KL in the reward: two whole networks are gathered each, what two adapters share once.
-        policies = self.learner.reward_kl_forwards
+        policies = self.reward_kl_forwards()
         if self.config.model.trainable == "lora":
             policies = min(1, policies)
         return calls + policies * (rollout.num_images // rollout.microbatch)
@@ -341,29 +369,17 @@ class _Planner:
 
     def trajectory_bytes(self, images: int) -> int:
         """Bytes that are kept from rollout to update: latents, means, text states, pictures."""
-        needs, steps = self.learner.loss.config, self.config.rollout.num_steps
-        latent = int(np.prod(self.latent))
+        latent, steps = int(np.prod(self.latent)), self.config.rollout.num_steps
         storage = jnp.dtype(DTYPES[self.config.rollout.storage_dtype]).itemsize
-        means = 4 * steps * (needs.needs_reference_means + needs.needs_old_means)
+        kept, means = (steps + 1) * storage, 0
+        if isinstance(self.learner, NFTLearner):
+            kept = 4  # the clean latents alone
+        else:
+            needs = self.learner.loss.config
+            means = 4 * steps * (needs.needs_reference_means + needs.needs_old_means)
         text = size_of(self.conditioning(1)[0])
         # twice: the parts of the rollout and what they are joined to
-        latents = 2 * (steps + 1) * storage * latent
-        return images * (latents + means * latent + text + int(np.prod(self.image)))
-
-
-def size_of(tree: Any) -> int:
-    """Return the bytes of a pytree of arrays or shapes."""
-    return sum(
-        int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
-
-
-def share_of(tree: Any, size: int) -> int:
-    """Return the bytes that each of `size` devices has of parameters divided as `mesh.divided`."""
-    return sum(
-        size_of(leaf) // (size if "fsdp" in parameter_spec(leaf.shape, size) else 1)
-        for leaf in jax.tree.leaves(tree)
-    )
+        return images * ((2 * kept + means) * latent + text + int(np.prod(self.image)))
 
 
 def table(

@@ -5,10 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from diffusion_grpo.costs import Cost
+from diffusion_grpo.mesh import parameter_spec
 
 _PROGRAM = "while "  # parts of programs, of which one runs at a time
+
+
+def size_of(tree: Any) -> int:
+    """Return the bytes of a pytree of arrays or shapes."""
+    return sum(
+        int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def share_of(tree: Any, size: int) -> int:
+    """Return the bytes that each of `size` devices has of parameters divided as `mesh.divided`."""
+    return sum(
+        size_of(leaf) // (size if "fsdp" in parameter_spec(leaf.shape, size) else 1)
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def peak_of(parts: Mapping[str, int]) -> int:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_grpo.config import Config
-from diffusion_grpo.learning import GRPOLearner
+from diffusion_grpo.learning import GRPOLearner, NFTLearner
 from diffusion_grpo.loss import Pulls, Shares
+from diffusion_grpo.nft import NFTBatch
 from diffusion_grpo.pipeline import TrainablePolicy
 from diffusion_grpo.pretrained import DTYPES
 from diffusion_grpo.rollout import Trajectory
@@ -28,9 +29,9 @@ def shape_of(array: Any, *lead: int) -> jax.ShapeDtypeStruct:
 
 
 def update_arguments(
-    learner: GRPOLearner, policy: TrainablePolicy, noise: Any, conditioning: Any
+    learner: GRPOLearner | NFTLearner, policy: TrainablePolicy, noise: Any, conditioning: Any
 ) -> tuple[Any, ...]:
-    """Return what `CompiledLoss.accumulate` is called with for one microbatch.
+    """Return what `accumulate` of the learner's loss is called with for one microbatch.
 
     Args:
         learner: of the run.
@@ -41,6 +42,11 @@ def update_arguments(
     Returns:
         Shapes of everything large; schedule and plan are arrays.
     """
+    trained, frozen = (jax.tree.map(shape_of, p) for p in (policy.trained, policy.frozen))
+    if isinstance(learner, NFTLearner):
+        batch = _nft_batch(learner.config.nft.timesteps, noise.shape, conditioning)
+        number, index = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        return trained, trained, trained, trained, frozen, batch, number, index, number
     schedule = learner.schedule(0)
     plan = learner.plan(schedule, 0)
     steps, count = schedule.num_steps, noise.shape[0]
@@ -64,6 +70,16 @@ def update_arguments(
         old,
     )
     number, index = shape(), shape(dtype=jnp.int32)
-    trained, frozen = (jax.tree.map(shape_of, p) for p in (policy.trained, policy.frozen))
     pulls, shares = Pulls(each, each, each), Shares(number, number)
     return trained, trained, frozen, schedule, batch, plan, number, index, pulls, shares
+
+
+def _nft_batch(timesteps: int, shape: tuple[int, ...], conditioning: Any) -> NFTBatch:
+    count = shape[0]
+    return NFTBatch(
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.tree.map(shape_of, conditioning),
+        jax.ShapeDtypeStruct((count,), jnp.float32),
+        jax.ShapeDtypeStruct((count, timesteps), jnp.int32),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)),
+    )

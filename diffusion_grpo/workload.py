@@ -21,7 +21,7 @@ from diffusion_grpo.config import Config
 from diffusion_grpo.consistency import images_learned_from
 from diffusion_grpo.flops import count_flops
 from diffusion_grpo.learner import Rollout, image_advantages, kl_penalty
-from diffusion_grpo.learning import GRPOLearner, make_learner
+from diffusion_grpo.learning import GRPOLearner, NFTLearner, make_learner
 from diffusion_grpo.lora import LoRAParam
 from diffusion_grpo.microbatches import (
     Output,
@@ -220,19 +220,23 @@ class Workload:
         images, steps = config.rollout.num_images, config.rollout.num_steps
         forward, both = self.network_flops()
         counted = {"forward": forward, "sample": float(images * steps * forward)}
+        active, differentiated = self.steps_learned
+        sweeps = 0
         if isinstance(self.learner, GRPOLearner):
-            active, differentiated = self.steps_learned
             sweeps = sum(self.learner.loss.config.sweeps(config.grpo.updates_per_rollout))
-            update = config.grpo.updates_per_rollout * differentiated * both
             counted["sample"] += float(images * self.learner.reward_kl_forwards * active * forward)
-            counted |= {
-                "forward_backward": both,
-                "update": float(self.images_learned * (update + sweeps * active * forward)),
-            }
+        update = config.grpo.updates_per_rollout * differentiated * both
+        counted |= {
+            "forward_backward": both,
+            "update": float(self.images_learned * (update + sweeps * active * forward)),
+        }
         return counted
 
     def network_flops(self) -> tuple[float, float]:
-        """Count one denoising step of one image: forward, and forward with backward."""
+        """Count one denoising step of one image: forward, and what its gradient takes.
+
+        Which is forward and backward, and with DiffusionNFT the other policies' forward.
+        """
         network, config = self.policy.network(self.policy.trained), self.config
         pipeline_parts(network)["unet"].gradient_checkpointing = False
         plain = TrainablePolicy(
@@ -252,8 +256,7 @@ class Workload:
 
         count = len(noise)
         forward = count_flops(denoise, plain.trained, plain.frozen, noise) / count
-        if not isinstance(learner, GRPOLearner):
-            return forward, 0.0
+        assert isinstance(learner, GRPOLearner | NFTLearner)
         arguments = update_arguments(learner, plain, noise, conditioning)
         return forward, count_flops(learner.loss.accumulate, *arguments) / count
 
@@ -262,16 +265,17 @@ class Workload:
         stats = jax.local_devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:
             return {"device_peak": int(stats["peak_bytes_in_use"])}
-        found = {"process_peak": process_peak()}
-        if isinstance(self.learner, GRPOLearner):
-            size = self.config.grpo.microbatch
-            noise = self.noise[:size]
-            conditioning = of_rows(self.conditioning, np.arange(len(noise)))
-            arguments = update_arguments(self.learner, self.policy, noise, conditioning)
-            analysis = self.learner.loss.accumulate.lower(*arguments).compile().memory_analysis()
-            found["update_temporary"] = int(analysis.temp_size_in_bytes)
-            found["update_arguments"] = int(analysis.argument_size_in_bytes)
-        return found
+        assert isinstance(self.learner, GRPOLearner | NFTLearner)
+        size = self.config.grpo.microbatch
+        noise = self.noise[:size]
+        conditioning = of_rows(self.conditioning, np.arange(len(noise)))
+        arguments = update_arguments(self.learner, self.policy, noise, conditioning)
+        analysis = self.learner.loss.accumulate.lower(*arguments).compile().memory_analysis()
+        return {
+            "process_peak": process_peak(),
+            "update_temporary": int(analysis.temp_size_in_bytes),
+            "update_arguments": int(analysis.argument_size_in_bytes),
+        }
 
 
 def process_peak() -> int:

@@ -20,7 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import diffusion_grpo.mesh as mesh
 from diffusion_grpo.conditioning import conditioning_shapes
 from diffusion_grpo.config import Config
-from diffusion_grpo.microbatches import make_rollout
+from diffusion_grpo.learning import GRPOLearner, NFTLearner
+from diffusion_grpo.microbatches import make_final_rollout, make_rollout
+from diffusion_grpo.nft import CompiledNFT
 from diffusion_grpo.preparation import load_model
 from diffusion_grpo.programs import update_arguments
 from diffusion_grpo.train import make_policy_and_learner
@@ -54,15 +56,20 @@ def found(config: Config, checkpoint: Path, devices: Any) -> dict[str, Any]:
     for network in (model.text_encoder, model.vae):
         mesh.place_module(network, mesh.replicated)
     policy, learner, shape = make_policy_and_learner(config, model)
-    train = learner.init(2).train
-    loss = learner.loss  # pyright: ignore[reportAttributeAccessIssue]  GRPO's
-    gradient = loss.zeros(train.params)
+    assert isinstance(learner, GRPOLearner | NFTLearner)
+    state = learner.init(2)
+    train, loss = state.train, learner.loss
+    if isinstance(loss, CompiledNFT):
+        gradient = jax.tree.map(jnp.zeros_like, train.params)
+    else:
+        gradient = loss.zeros(train.params)
     held = {
         "alive": each(jax.live_arrays()),
         "trained parameters": each(train.params),
         "reference": each(policy.trained),
         "gradient": each(gradient),
         "optimizer state": each((train.opt_state, train.average)),
+        "old policy": each(state.old),
     }
     size = config.grpo.microbatch
     noise, keys = (
@@ -73,27 +80,32 @@ def found(config: Config, checkpoint: Path, devices: Any) -> dict[str, Any]:
         conditioning_shapes(model.unet.config, count, 8, jnp.float32, encoders=0)
         for count in (size, 1)
     )
-    given = update_arguments(learner, policy, noise, (prompts, negative))  # pyright: ignore
-    schedule, batch, pulls = given[3], given[4], given[8]
-    accumulate = loss.accumulate.lower(
-        gradient,
-        train.params,
-        policy.frozen,
-        schedule,
-        placed(batch, batch.axes(), devices),
-        *given[5:8],
-        placed(pulls, jax.tree.map(lambda _: 0, pulls), devices),
-        given[9],
-    )
+    schedule = learner.schedule(0)
+    given = update_arguments(learner, policy, noise, (prompts, negative))
+    if isinstance(loss, CompiledNFT):
+        batch = given[5]
+        leaves, structure = jax.tree.flatten(batch)
+        along = structure.unflatten(
+            [0 if len(x.shape) and x.shape[0] == size else None for x in leaves]
+        )
+        networks = train.params, state.old, policy.trained, policy.frozen
+        rest = (placed(batch, along, devices), *given[6:])
+    else:
+        batch, pulls = given[4], given[8]
+        networks = train.params, policy.frozen, schedule
+        by_image = placed(pulls, jax.tree.map(lambda _: 0, pulls), devices)
+        rest = (placed(batch, batch.axes(), devices), *given[5:8], by_image, given[9])
+    accumulate = loss.accumulate.lower(gradient, *networks, *rest)
     rows = placed(
         (noise, keys, prompts), jax.tree.map(lambda _: 0, (noise, keys, prompts)), devices
     )
-    draw = jax.jit(make_rollout(config, policy))
+    make = make_final_rollout if isinstance(loss, CompiledNFT) else make_rollout
+    draw = jax.jit(make(config, policy))
     programs = {
         "accumulate": accumulate,
         "sample": draw.lower(train.params, policy.frozen, schedule, *rows[:2], (rows[2], negative)),
     }
-    if loss.local:
+    if not isinstance(loss, CompiledNFT) and loss.local:
         programs["total"] = mesh._total_of.lower(gradient)
     sent = {name: totals(program.compile().as_text()) for name, program in programs.items()}
     return held | {"total": {}} | sent

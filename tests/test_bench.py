@@ -109,6 +109,15 @@ def test_bench_says_that_it_uses_one_device_of_several(monkeypatch, here, said):
     assert first.startswith("1 x ") and said in first
 
 
+def test_nft_can_be_measured():
+    config = bench_config(BenchOptions("demo", algorithm="nft"), random=False)
+    assert (config.grpo.algorithm, config.grpo.kl, config.grpo.beta) == ("nft", "mse", 0.01)
+    assert bench_config(BenchOptions("demo"), random=False).grpo.algorithm == "grpo"
+
+
+NFT = ["--grpo.algorithm", "nft", "--grpo.kl", "mse", "--grpo.ratio", "trajectory"]
+
+
 @pytest.mark.parametrize(
     ("words", "sample", "update"),
     [
@@ -116,6 +125,8 @@ def test_bench_says_that_it_uses_one_device_of_several(monkeypatch, here, said):
         ([], 8 * 4, 8 * 2 * 2 * 100),
         (["--grpo.beta", "1", "--grpo.kl", "k3"], 8 * 4, 8 * 2 * (2 * 100 + 1 + 1)),
         (["--grpo.beta", "1", "--grpo.kl-in", "reward"], 8 * (4 + 2 * 2), 8 * 2 * 2 * 100),
+        # DiffusionNFT at 3 timesteps; what other policies evaluate is in the same program.
+        ([*NFT, "--nft.timesteps", "3"], 8 * 4, 8 * 2 * 3 * 100),
     ],
 )
 def test_evaluations_of_recorded_steps_are_counted(words, sample, update, monkeypatch):

@@ -74,6 +74,8 @@ class BenchOptions:
     """G, images of one prompt; given, the update learns from all of them."""
     steps: int | None = None
     """T, denoising steps."""
+    algorithm: Literal["grpo", "nft"] | None = None
+    """GRPO, or DiffusionNFT with uniform weights and, where --beta is not 0, its own KL."""
     window: int | None = None
     """Learn only from this many of the steps; 0 learns from all."""
     guidance_scale: float | None = None
@@ -187,6 +189,10 @@ def bench_config(options: BenchOptions, *, random: bool) -> Any:
         changes.setdefault("grpo", {})["microbatch"] = options.microbatch
     if options.images_per_prompt is not None:
         changes.setdefault("grpo", {})["best_and_worst"] = None
+    if options.algorithm is not None:
+        changes.setdefault("grpo", {})["algorithm"] = options.algorithm
+    if options.algorithm == "nft":
+        changes["grpo"] |= {"kl": "mse", "step_weights": "uniform"}
     if options.window == 0:
         changes.setdefault("rollout", {}).update(window_size=None, window_start=0)
     if options.lora_rank is not None:
