@@ -23,6 +23,7 @@ from diffusion_grpo.gallery import Gallery
 from diffusion_grpo.learning import make_learner
 from diffusion_grpo.pipeline import make_policy
 from diffusion_grpo.pretrained import StableDiffusion
+from diffusion_grpo.programs import noise_steps
 from diffusion_grpo.recorder import Recorder
 from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise
 from diffusion_grpo.steps import choose_steps, update_draw
@@ -147,7 +148,8 @@ def moved(tree, size=0.05):
 def learner_for(checkpoint, folder, *words):
     config = config_for(checkpoint, folder, *words)
     model = StableDiffusion.from_pretrained(checkpoint)
-    policy = make_policy(model, guidance_scale=config.rollout.guidance_scale)
+    scale, steps = config.rollout.guidance_scale, noise_steps(config)
+    policy = make_policy(model, guidance_scale=scale, noise_steps=steps)
     learner = make_learner(config, policy, model.scheduler_config, LATENT)
     conditioning = encode_prompts(model, [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2)
     index, group = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
@@ -274,6 +276,26 @@ def test_nft_draws_with_the_old_policy_and_lets_it_follow(checkpoint, tmp_path, 
         for a, b, c in zip(*leaves, strict=True):
             expected = decay * np.asarray(a) + (1 - decay) * (np.asarray(b) + 1)
             np.testing.assert_allclose(c, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rollout_has_the_policy_s_own_noise_and_is_kept_as_asked_for(checkpoint, tmp_path):
+    words = "--grpo.learn-noise-scale True --rollout.storage-dtype bfloat16"
+    learner, conditioning, noise, keys = learner_for(checkpoint, tmp_path, words)
+    state = learner.init(3)
+
+    def first_step(scale):
+        params = state.train.params | {"log_noise_scale": jnp.log(jnp.full(3, scale))}
+        told = state._replace(train=state.train._replace(params=params))
+        trajectory = learner.sample(
+            told, 0, noise, keys["step_noise"], conditioning
+        ).batch.trajectory
+        assert trajectory.latents.dtype == jnp.bfloat16
+        return np.asarray(trajectory.latents[1], np.float32)
+
+    # From one x_T the mean of the step is the same, and what is added to it grows with the scale.
+    one, two, three = map(first_step, (1.0, 2.0, 3.0))
+    assert np.abs(two - one).max() > 0.1
+    np.testing.assert_allclose(three - two, two - one, atol=0.02 * np.abs(three).max())
 
 
 def test_options_reach_the_plan_the_schedule_and_the_loss(checkpoint, tmp_path):
