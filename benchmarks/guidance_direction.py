@@ -12,8 +12,8 @@ are the base's own pictures, drawn with --guidance-scale and noised again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,17 +76,22 @@ def measure(
         jax.random.split(draws, len(texts)),
         (prompts, negative),
     )
+
+    def compiled(policy: TrainablePolicy) -> Callable[..., np.ndarray]:
+        @jax.jit
+        def output(trained: Any, frozen: Any, *arguments: Any) -> Any:
+            return policy.denoiser(trained, frozen)(*arguments)
+
+        return lambda *arguments: np.asarray(output(policy.trained, policy.frozen, *arguments))
+
+    plain, changed = compiled(base), compiled(tuned)
     table, found = alphas_cumprod(model.scheduler_config), []
     for timestep in timesteps:
         drawn = jax.random.normal(jax.random.fold_in(noise, timestep), pictures.shape)
         x = add_noise(table, pictures, drawn, jnp.full(len(texts), timestep))
         without, before, after = (
-            np.asarray(
-                policy.denoiser(policy.trained, policy.frozen)(
-                    x, jnp.int32(timestep), (conditioning, negative)
-                )
-            )
-            for policy, conditioning in ((base, nothing), (base, prompts), (tuned, prompts))
+            output(x, jnp.int32(timestep), (conditioning, negative))
+            for output, conditioning in ((plain, nothing), (plain, prompts), (changed, prompts))
         )
         found.append(Change(timestep, *along(after - before, before - without)))
     return found

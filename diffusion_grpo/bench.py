@@ -109,7 +109,7 @@ def measure(
         if name == "encode":
             count, unit = work.config.rollout.prompts_per_iteration + 1, "prompts/s"
         elif name == "update":
-            count, unit = work.images_learned * work.steps_learned[1], "policy steps/s"
+            count, unit = work.images_learned * work.learner.steps_learned[1], "policy steps/s"
             count *= work.config.grpo.updates_per_rollout
         rates[name] = {"rate": count / timing.median, "unit": unit}
         record["memory"] = work.memory() if name == "update" else record.get("memory", {})
@@ -129,7 +129,7 @@ def measure(
 def describe(work: Workload) -> dict[str, Any]:
     """Return what is measured and on what, to be filled with the measurements."""
     config, device = work.config, jax.local_devices()[0]
-    active, differentiated = work.steps_learned
+    active, differentiated = work.learner.steps_learned
     return {
         "device": {
             "kind": device.device_kind,

@@ -165,6 +165,21 @@ class Learner:
         self.check: Callable[[], None] = do_nothing
         self.notes: list[str] = []
 
+    @property
+    def steps_learned(self) -> tuple[int, int]:
+        """(A, K): of an image, the recorded steps that take part, and what is differentiated."""
+        raise NotImplementedError
+
+    @property
+    def sweeps(self) -> tuple[int, int]:
+        """How many policies evaluate recorded steps without a gradient; see `LossConfig.sweeps`."""
+        return 0, 0
+
+    @property
+    def reward_kl_forwards(self) -> int:
+        """How many policies evaluate the active steps of every image for a KL in the reward."""
+        return 0
+
     def init(self, num_prompts: int, rewards: Collection[str] = ()) -> LearnerState:
         """Return the state before training.
 

@@ -115,6 +115,17 @@ class GRPOLearner(Learner):
         self.notes = _notes(config, self.plan(self.schedule(0), 0), latent)
 
     @property
+    def steps_learned(self) -> tuple[int, int]:
+        """(A, K): the steps that take part, and those that are differentiated."""
+        active = len(self.plan(self.schedule(0), 0).active)
+        return active, self.config.grpo.gradient_steps or active
+
+    @property
+    def sweeps(self) -> tuple[int, int]:
+        """How many policies evaluate recorded steps without a gradient; see `LossConfig.sweeps`."""
+        return self.loss.config.sweeps(self.config.grpo.updates_per_rollout)
+
+    @property
     def reward_kl_forwards(self) -> int:
         """How many policies evaluate the active steps of every image for a KL in the reward."""
         options = self.config.grpo
@@ -277,6 +288,11 @@ class NFTLearner(Learner):
                 "DiffusionNFT on an epsilon-prediction checkpoint: its noisiest timesteps learn "
                 "little, since a change of the image is a tiny change of epsilon there"
             )
+
+    @property
+    def steps_learned(self) -> tuple[int, int]:
+        """No recorded step takes part, and an image is differentiated at K timesteps."""
+        return 0, self.config.nft.timesteps
 
     def sample(
         self,

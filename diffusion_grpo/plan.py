@@ -245,16 +245,16 @@ class _Planner:
             slack=device.slack,
             lanes=lanes,
         )
-        active, steps = self.steps()
+        active, steps = self.learner.steps_learned
         updates = options.updates_per_rollout
-        sweeps = sum(self.sweeps())
+        sweeps = sum(self.learner.sweeps)
         calls = chosen // learned * steps * updates
         share = active / rollout.num_steps  # of a rollout's forwards, in a sweep over its images
         extra = sweeps * share * chosen / images
         parts = images // drawn
         rate = device.flops if config.model.dtype == "bfloat16" else device.flops_float32
         sampled = parts * device.seconds(sample, rate)
-        with_kl = 1 + self.reward_kl_forwards() * share  # rollouts, with one in the reward
+        with_kl = 1 + self.learner.reward_kl_forwards * share  # rollouts, with one in the reward
         # GRPO sums an adapter's gradient over the devices once an update; all others each call.
         sums = calls if full or self.nft else updates
         reduced = round(2 * (count - 1) / count * whole) * sums
@@ -317,41 +317,21 @@ class _Planner:
             )
         return found
 
-    def steps(self) -> tuple[int, int]:
-        """Return (A, K), the steps that take part and those that are differentiated.
-
-        Of DiffusionNFT none takes part, and an image is differentiated at K timesteps.
-        """
-        if isinstance(self.learner, NFTLearner):
-            return 0, self.config.nft.timesteps
-        active = len(self.learner.plan(self.learner.schedule(0), 0).active)
-        return active, self.config.grpo.gradient_steps or active
-
     def policies(self) -> int:
         """Return how many policies the program of the update evaluates."""
         if isinstance(self.learner, NFTLearner):  # the trained one, the old one, the reference
             return 3 if self.learner.loss.config.penalty else 2
         return 1
 
-    def sweeps(self) -> tuple[int, int]:
-        """Return how many policies evaluate recorded steps; see `LossConfig.sweeps`."""
-        if isinstance(self.learner, NFTLearner):
-            return 0, 0
-        return self.learner.loss.config.sweeps(self.config.grpo.updates_per_rollout)
-
-    def reward_kl_forwards(self) -> int:
-        """Return how many do for a KL in the reward."""
-        return 0 if isinstance(self.learner, NFTLearner) else self.learner.reward_kl_forwards
-
     def sweep_calls(self) -> int:
         """Return how many programs of an iteration evaluate recorded steps, without a gradient."""
         rollout, options = self.config.rollout, self.config.grpo
         images = images_learned_from(rollout, options)
-        moving, others = self.sweeps()
+        moving, others = self.learner.sweeps
         calls = moving * (images // options.microbatch)
         calls += others * (images // math.gcd(rollout.microbatch, images))
         # The KL in the reward: two whole networks are gathered each, what two adapters share once.
-        policies = self.reward_kl_forwards()
+        policies = self.learner.reward_kl_forwards
         if self.config.model.trainable == "lora":
             policies = min(1, policies)
         return calls + policies * (rollout.num_images // rollout.microbatch)

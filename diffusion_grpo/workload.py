@@ -202,14 +202,6 @@ class Workload:
         return self.state.train.params
 
     @property
-    def steps_learned(self) -> tuple[int, int]:
-        """(A, K): the steps that take part, and those that are differentiated; NFT has no A."""
-        if not isinstance(self.learner, GRPOLearner):
-            return 0, self.config.nft.timesteps
-        active = len(self.learner.plan(self.learner.schedule(0), 0).active)
-        return active, self.config.grpo.gradient_steps or active
-
-    @property
     def images_learned(self) -> int:
         """Images of an iteration that the update is given."""
         return images_learned_from(self.config.rollout, self.config.grpo)
@@ -220,11 +212,9 @@ class Workload:
         images, steps = config.rollout.num_images, config.rollout.num_steps
         forward, both = self.network_flops()
         counted = {"forward": forward, "sample": float(images * steps * forward)}
-        active, differentiated = self.steps_learned
-        sweeps = 0
-        if isinstance(self.learner, GRPOLearner):
-            sweeps = sum(self.learner.loss.config.sweeps(config.grpo.updates_per_rollout))
-            counted["sample"] += float(images * self.learner.reward_kl_forwards * active * forward)
+        active, differentiated = self.learner.steps_learned
+        sweeps = sum(self.learner.sweeps)
+        counted["sample"] += float(images * self.learner.reward_kl_forwards * active * forward)
         update = config.grpo.updates_per_rollout * differentiated * both
         counted |= {
             "forward_backward": both,

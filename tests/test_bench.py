@@ -100,9 +100,9 @@ def test_a_single_step_can_be_measured(words, weights):
 @pytest.mark.parametrize(("here", "said"), [(8, ", 1 of 8 devices used, "), (1, "), float32")])
 def test_bench_says_that_it_uses_one_device_of_several(monkeypatch, here, said):
     monkeypatch.setattr(jax, "local_device_count", lambda: here)
-    monkeypatch.setattr(Workload, "steps_learned", (3, 2))
     work = object.__new__(Workload)  # not prepared: no network is run
     work.config, work.shape = load_config("demo", []), (8, 8, 4)
+    work.learner = SimpleNamespace(steps_learned=(3, 2))
     record = describe(work)
     assert record["device"]["count"] == 1 and record["device"]["available"] == here
     (first, *_) = table(record).splitlines()

@@ -104,7 +104,7 @@ def test_as_many_prompts_are_encoded_at_once_as_the_memory_for_them_holds(name, 
     model = StableDiffusion.from_pretrained(pipelines[name])
     assert prompts_at_once(model, budget=10 * size) == 10
     assert prompts_at_once(model, budget=10 * size - 1) == 9
-    assert prompts_at_once(model, budget=1) == 1
+    assert prompts_at_once(model, budget=1) == 1 and prompts_at_once(model) == 4096
     assert prompts_at_once(model, budget=10 * size, most=4) == 4
 
 

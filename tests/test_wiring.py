@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
 import diffusion_grpo.train as train_module
-from diffusion_grpo.conditioning import encode_prompts, prompts_at_once
+from diffusion_grpo.conditioning import encode_prompts
 from diffusion_grpo.config import load_config
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.gallery import Gallery
@@ -195,14 +195,6 @@ def test_the_reference_of_a_run_is_the_base_wherever_training_has_come(checkpoin
     # The second update begins elsewhere than the rollout was drawn, and its ratio is measured.
     assert abs(float(metrics[1]["ratio/max"]) - 1) > 1e-5 and float(metrics[1]["approx_kl"]) > 0
     assert "approx_kl" not in metrics[0]
-
-
-def test_as_many_prompts_are_held_as_there_is_room_for(checkpoint):
-    model = StableDiffusion.from_pretrained(checkpoint)
-    prompts, _ = encode_prompts(model, list(PROMPTS))
-    each = sum(leaf.nbytes for leaf in jax.tree.leaves(prompts)) // len(PROMPTS)
-    assert prompts_at_once(model, budget=10 * each) == 10
-    assert prompts_at_once(model, budget=1) == 1 and prompts_at_once(model) == 4096
 
 
 def test_a_moving_window_that_comes_to_no_step_is_refused_at_once(checkpoint, tmp_path):
