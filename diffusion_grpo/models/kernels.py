@@ -14,41 +14,55 @@ from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError
 
-Implementation = Literal["xla", "cudnn", "heads_first"]
+Implementation = Literal["xla", "cudnn", "flash", "heads_first"]
 
 VARIABLE = "DIFFUSION_GRPO_ATTENTION"  # of the environment: overrides the choice
-_CHOICES: tuple[Implementation, ...] = ("xla", "cudnn", "heads_first")
+_CHOICES: tuple[Implementation, ...] = ("xla", "cudnn", "flash", "heads_first")
+_BLOCKS = (512, 256, 128)  # queries, or keys, that the TPU kernel holds at a time
 
 # One of JAX's own contexts: a program that was traced in it is not taken for one that runs.
 _PLANNED = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def planned_for(backend: str) -> Iterator[None]:
+def planned_for(backend: str, devices: int = 1) -> Iterator[None]:
     """Have what is traced inside use the implementations of a backend that is not here.
 
-    It can be traced, and its cost found, but not run there: what cuDNN would do is stood in for by
-    a program named `fused_attention`.
+    It can be traced, and its cost found, but not run there: what a fused kernel would do is stood
+    in for by a program named `fused_attention`.
+
+    Args:
+        backend: JAX's name of it.
+        devices: over how many a batch is divided.
     """
-    with _PLANNED(backend):
+    with _PLANNED((backend, devices)):
         yield
 
 
 def backend() -> str:
     """Return JAX's name of the device that is traced for: cpu, gpu, tpu."""
-    return _PLANNED.value or jax.default_backend()
+    return _PLANNED.value[0] if _PLANNED.value else jax.default_backend()
+
+
+def devices() -> int:
+    """Return over how many devices a batch is divided."""
+    if _PLANNED.value:
+        return _PLANNED.value[1]
+    return max(jax.sharding.get_abstract_mesh().size, 1)  # 0 of none
 
 
 def attention_implementation(
-    backend: str, dtype: Any, *, queries: int, keys: int, head_dim: int
+    backend: str, dtype: Any, *, queries: int, keys: int, head_dim: int, devices: int = 1
 ) -> Implementation:
     """Choose an implementation of attention; the numbers they compute are the same.
 
     `cudnn` is a fused kernel, which never writes the scores to memory. It takes half precision
     alone, and heads whose width is a multiple of 8, at most 128 on every card (256 on some). It
     pays where there are many scores: among the 4096 and 1024 pixels of Stable Diffusion's upper
-    levels. `heads_first` brings heads before tokens by itself, where XLA's CPU backend would run
-    the batched products on strided memory, at up to twice the time; below 64 queries the transposes
+    levels. `flash` is JAX's Pallas kernel of the same kind for TPUs, which takes whole blocks of
+    tokens; over several devices XLA would bring all images to each of them, so it is for one.
+    `heads_first` brings heads before tokens by itself, where XLA's CPU backend would run the
+    batched products on strided memory, at up to twice the time; below 64 queries the transposes
     cost more than that. `xla` is JAX's plain one, for all else.
 
     Args:
@@ -57,9 +71,10 @@ def attention_implementation(
         queries: their number.
         keys: theirs.
         head_dim: width of a head.
+        devices: that a batch is divided over.
 
     Raises:
-        UsageError: the environment's `DIFFUSION_GRPO_ATTENTION` names none of the three.
+        UsageError: the environment's `DIFFUSION_GRPO_ATTENTION` names none of the four.
     """
     given = os.environ.get(VARIABLE)
     if given:
@@ -73,6 +88,10 @@ def attention_implementation(
     fits = head_dim % 8 == 0 and head_dim <= 128
     if backend in ("gpu", "cuda") and half and fits and min(queries, keys) >= 256:
         return "cudnn"
+    whole = queries % _BLOCKS[-1] == keys % _BLOCKS[-1] == 0
+    pays = whole and head_dim <= 256 and min(queries, keys) >= 512
+    if backend == "tpu" and half and devices == 1 and pays:
+        return "flash"
     return "xla"
 
 
@@ -88,11 +107,14 @@ def attend(
         queries=query.shape[1],
         keys=key.shape[1],
         head_dim=query.shape[-1],
+        devices=devices(),
     )
     if implementation == "heads_first":
         return _heads_first(query, key, value)
-    if implementation == "cudnn" and _PLANNED.value:
+    if implementation in ("cudnn", "flash") and _PLANNED.value:
         return _stand_in(query, key, value)
+    if implementation == "flash":
+        return _flash(query, key, value)
     # Inside, JAX promotes bfloat16 to float32 implicitly, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
@@ -105,6 +127,40 @@ def _heads_first(query: Array, key: Array, value: Array) -> Array:
     scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
+    return out.swapaxes(1, 2)
+
+
+def _flash(query: Array, key: Array, value: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
+
+    def block(tokens: int) -> int:
+        fitting = [size for size in _BLOCKS if tokens % size == 0]
+        if not fitting:
+            raise UsageError(
+                f"{VARIABLE} is 'flash', which takes multiples of {_BLOCKS[-1]} tokens, not "
+                f"{tokens}; expected it to be unset"
+            )
+        return fitting[0]
+
+    q, k, v = (part.swapaxes(1, 2) for part in (query, key, value))
+    of_queries, of_keys = block(q.shape[2]), block(k.shape[2])
+    sizes = tpu.BlockSizes(
+        block_q=of_queries,
+        block_k_major=of_keys,
+        block_k=of_keys,
+        block_b=1,
+        block_q_major_dkv=of_queries,
+        block_k_major_dkv=of_keys,
+        block_k_dkv=of_keys,
+        block_q_dkv=of_queries,
+        block_k_major_dq=of_keys,
+        block_k_dq=of_keys,
+        block_q_dq=of_queries,
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        out = tpu.flash_attention(
+            q, k, v, sm_scale=1 / math.sqrt(query.shape[-1]), block_sizes=sizes
+        )
     return out.swapaxes(1, 2)
 
 
