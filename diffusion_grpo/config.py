@@ -206,12 +206,13 @@ def sd15() -> Config:
     """Stable Diffusion 1.5 (or another checkpoint), a LoRA adapter in bfloat16, by a CLIP score.
 
     `diffusion-grpo train sd15`: 200 iterations of 256 images; `diffusion-grpo plan sd15 --device
-    NAME` says how long they take on a device (5.1 minutes each on an H100, by the data sheet) and
-    how much memory (14.4 GiB). Images are of the checkpoint's own size, so that `--model` may be
-    one of SDXL; its steps are weighted, because one late step of 20 has three quarters of the sum
-    of squares of a trajectory's log-ratio otherwise. The reward of real weights has not been seen
-    to rise here: no hub was at hand. Every 20 iterations two images of each held-out prompt tell
-    diversity and KL.
+    NAME` says how long they take on a device (3.3 minutes each on an H100, by the data sheet) and
+    how much memory. How many images are drawn and differentiated at a time, and whether activations
+    are recomputed, is chosen by the memory there is (`fitting.py`). Images are of the checkpoint's
+    own size, so that `--model` may be one of SDXL; its steps are weighted, because one late step of
+    20 has three quarters of the sum of squares of a trajectory's log-ratio otherwise. The reward of
+    real weights has not been seen to rise here: no hub was at hand. Every 20 iterations two images
+    of each held-out prompt tell diversity and KL.
     """
     return Config(
         model=ModelConfig(
@@ -220,18 +221,19 @@ def sd15() -> Config:
             trainable="lora",
             lora_rank=16,
             lora_alpha=16.0,
-            gradient_checkpointing=True,
+            gradient_checkpointing=None,
         ),
         prompts=PromptsConfig(train="animals", heldout="animals_heldout"),
         rollout=RolloutConfig(
             prompts_per_iteration=16,
             images_per_prompt=16,
             num_steps=20,
+            microbatch=None,
         ),
         reward=RewardConfig(
             rewards=("clip=1.0",), options=("clip.model=openai/clip-vit-base-patch32",)
         ),
-        grpo=GRPOOptions(microbatch=8, step_weights="gain"),
+        grpo=GRPOOptions(microbatch=None, step_weights="gain"),
         optim=OptimConfig(learning_rate=3e-4),
         eval=EvalConfig(every=20, images_per_prompt=2, stochastic=True),
         run=RunConfig(output="runs/sd15", iterations=200, save_every=20),

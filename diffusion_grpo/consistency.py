@@ -65,7 +65,7 @@ def images_sharing_a_prompt(rollout: RolloutConfig, options: GRPOOptions, shards
     """
     chosen = options.best_and_worst
     learned = rollout.images_per_prompt if chosen is None else 2 * chosen
-    parts = (rollout.microbatch // shards, options.microbatch // shards)
+    parts = (rollout.images_at_once // shards, options.images_at_once // shards)
     return math.gcd(rollout.images_per_prompt, learned, *parts)
 
 
@@ -86,9 +86,9 @@ def _check_microbatches(rollout: RolloutConfig, options: GRPOOptions) -> None:
     _check_microbatch("grpo.microbatch", options.microbatch, total, whole)
 
 
-def _check_microbatch(name: str, microbatch: int, total: int, whole: str) -> None:
+def _check_microbatch(name: str, microbatch: int | None, total: int, whole: str) -> None:
     """Raise a `UsageError` unless the images divide into microbatches."""
-    if total % microbatch == 0:
+    if microbatch is None or total % microbatch == 0:
         return
     divisors = [size for size in range(1, total + 1) if total % size == 0]
     near = [max(size for size in divisors if size < microbatch)]

@@ -2,8 +2,9 @@
 
 The program is not compiled, so the answer takes seconds for a UNet of any size. It is the traced
 equations in their order, under a few rules for what XLA does with them: elementwise work is fused
-into what reads it and leaves nothing in memory, unless a product, a convolution, a loop or several
-readers need it; everything else is written once, and freed after its last reader.
+into what reads it and leaves nothing in memory, unless a product, a convolution or a loop needs it,
+or several readers (on accelerators where that moves fewer bytes than computing it anew for each);
+everything else is written once, and freed after its last reader.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 
 from diffusion_grpo.flops import equation_flops, inner_programs
+from diffusion_grpo.models.kernels import backend
 
 FUSED = "fused_attention"  # programs of this name are one kernel: what is inside is never stored
 
@@ -86,6 +88,7 @@ class Cost:
         *,
         cache: float = 0.0,
         cache_speedup: float = 1.0,
+        latency: float = 0.0,
     ) -> float:
         """Time by the roofline: each operation takes what its scarcer resource needs.
 
@@ -94,18 +97,20 @@ class Cost:
             bytes_per_second: to and from memory.
             cache: an operation that moves less than these bytes finds them in the cache.
             cache_speedup: how many times faster they are moved then.
+            latency: of each operation, in seconds, whatever its size.
         """
 
         def moving(op: Operation) -> float:
             return op.bytes / (bytes_per_second * (cache_speedup if op.bytes < cache else 1.0))
 
         return sum(
-            op.times * max(op.flops / flops_per_second, moving(op)) for op in self.operations
+            op.times * (latency + max(op.flops / flops_per_second, moving(op)))
+            for op in self.operations
         )
 
 
 def program_cost(function: Callable[..., Any], *args: Any, **kw: Any) -> Cost:
-    """Find the cost of a call; nothing is computed or compiled.
+    """Find the cost of a call on the device that is traced for; nothing is computed or compiled.
 
     Args:
         function: traceable by JAX.
@@ -194,6 +199,7 @@ def _cost(jaxpr: Any) -> Cost:
     roots: dict[int, frozenset[int]] = {value: frozenset() for value in flat.inputs}
     roots[-1] = frozenset()
     inputs = set(flat.inputs)
+    kept = backend() == "cpu"  # what several operations read, though it is elementwise
     operations, born, died = [], {}, {}
     extra: dict[int, int] = {}  # step → temporary bytes inside it
     for place, step in enumerate(flat.steps):
@@ -203,7 +209,12 @@ def _cost(jaxpr: Any) -> Cost:
         for root in alive:
             died[root] = place
         stored = _is_stored(equation)
-        many = any(readers[v] > 1 for v in step.outputs) and bool(used)
+        read = sum(flat.sizes[root] for root in used)
+        many = any(
+            readers[v] > 1 and (kept or _is_cheaper_stored(readers[v], read, flat.sizes[v]))
+            for v in step.outputs
+        )
+        many = many and bool(used)
         view = equation.primitive.name in _VIEWS
         written = 0
         for value in step.outputs:
@@ -219,7 +230,7 @@ def _cost(jaxpr: Any) -> Cost:
         if written or stored:
             inner, temporary = _inner_operations(equation)
             extra[place] = temporary
-            moved = written + sum(flat.sizes[root] for root in used)
+            moved = written + read
             operations += inner or [Operation(equation_flops(equation), moved)]
     # What is only added to an argument is added in place, as soon as it is there.
     last = len(flat.steps)
@@ -231,6 +242,17 @@ def _cost(jaxpr: Any) -> Cost:
                 died[root] = born[root]
             flat.sizes[value] = 0
     return Cost(operations, _peak(flat, born, died, extra), sum(flat.sizes[v] for v in inputs))
+
+
+def _is_cheaper_stored(readers: int, read: int, size: int) -> bool:
+    """Whether a value is rather stored than computed anew by each of its readers.
+
+    Args:
+        readers: how many.
+        read: bytes that it is computed from.
+        size: its own bytes.
+    """
+    return readers * read > read + (1 + readers) * size
 
 
 def _added_to_argument(flat: _Flat, value: int, inputs: set[int]) -> bool:
@@ -268,4 +290,21 @@ def _inner_operations(equation: Any) -> tuple[list[Operation], int]:
     found = [
         dataclasses.replace(op, times=op.times * times) for cost in costs for op in cost.operations
     ]
-    return found, max(cost.peak for cost in costs)
+    temporary = max(cost.peak for cost in costs)
+    if name == "scan" and backend() != "cpu":
+        # Brought into the order that the convolutions want once, before the loop.
+        (body,) = inner_programs(equation.params)
+        temporary += _kernel_bytes(body, equation.params["num_consts"])
+    return found, temporary
+
+
+def _kernel_bytes(body: Any, constants: int) -> int:
+    """Bytes of those constants of a loop that its convolutions take as kernels."""
+    flat = _Flat(body)
+    kernels = {
+        step.inputs[1]
+        for step in flat.steps
+        if step.equation.primitive.name == "conv_general_dilated"
+    }
+    spare = len(body.constvars)
+    return sum(flat.sizes[v] for v in flat.inputs[: spare + constants] if v in kernels)

@@ -27,6 +27,7 @@ class Device:
         cache: bytes that an operation may move and find in the cache, on a CPU.
         cache_speedup: how many times faster than the memory it is.
         backward: time of a gradient over what its operations would take by the above.
+        latency: seconds of every operation beside that: of a GPU's kernels, for most are small.
     """
 
     backend: str
@@ -35,12 +36,13 @@ class Device:
     bandwidth: float
     memory: float
     link: float
-    efficiency: float = 0.5
-    bandwidth_efficiency: float = 0.7
+    efficiency: float = 0.55
+    bandwidth_efficiency: float = 0.63
     slack: float = 1.15
     cache: float = 0.0
     cache_speedup: float = 1.0
     backward: float = 1.0
+    latency: float = 3.8e-6
 
     def seconds(self, cost: Cost, rate: float) -> float:
         """Return the time of a program by the roofline, at a rate of `flops` or the other."""
@@ -49,6 +51,7 @@ class Device:
             self.bandwidth * self.bandwidth_efficiency,
             cache=self.cache,
             cache_speedup=self.cache_speedup,
+            latency=self.latency,
         )
 
 
@@ -85,6 +88,55 @@ def find_device(name: str) -> Device:
     return DEVICES[name]
 
 
+def device_here() -> Device:
+    """Return the device that this process computes on, with the memory that JAX has of it.
+
+    Of an accelerator that is not in the table, the rates are those of the nearest kind that is, for
+    comparisons of one program with another.
+    """
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return _this_machine()
+    known = DEVICES[nearest(device.device_kind, device.platform)]
+    stats = device.memory_stats() or {}
+    return dataclasses.replace(known, memory=float(stats.get("bytes_limit", known.memory)))
+
+
+def nearest(kind: str, platform: str) -> str:
+    """Return the device of the table that JAX's name of a kind means, or one like it.
+
+    Args:
+        kind: such as "NVIDIA A100-SXM4-80GB" or "TPU v5 lite".
+        platform: gpu or tpu.
+    """
+    plain = "".join(c for c in kind.lower() if c.isalnum())
+    for spelled, name in _KINDS.items():
+        if spelled in plain:
+            return name
+    return "tpu-v4" if platform == "tpu" else "a100-40gb"
+
+
+# What JAX calls them, letters and digits alone; the first that is part of the name counts.
+_KINDS = {
+    "h200": "h200",
+    "h100": "h100",
+    "a100sxm480gb": "a100-80gb",
+    "a100pcie80gb": "a100-80gb",
+    "a100": "a100-40gb",
+    "l40s": "l40s",
+    "nvidial4": "l4",
+    "rtx4090": "rtx4090",
+    "rtx3090": "rtx3090",
+    "tpuv4": "tpu-v4",
+    "tpuv5lite": "tpu-v5e",
+    "tpuv5e": "tpu-v5e",
+    "tpuv5": "tpu-v5p",
+    "tpuv6": "tpu-v6e",
+}
+
+
 def _this_machine() -> Device:
     import time
 
@@ -113,6 +165,7 @@ CPU_SHARES: dict[str, float] = {
     "cache": 16e6,
     "cache_speedup": 10.0,
     "backward": 2.0,
+    "latency": 5e-6,
 }
 
 

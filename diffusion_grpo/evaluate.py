@@ -33,7 +33,7 @@ from diffusion_grpo.pipeline import (
     padded_chunks,
 )
 from diffusion_grpo.pretrained import StableDiffusion
-from diffusion_grpo.program_cache import shared_programs
+from diffusion_grpo.program_cache import network_jit, shared_programs
 from diffusion_grpo.prompts import Prompt, evaluated_on
 from diffusion_grpo.reward import RewardSet, Scoring
 from diffusion_grpo.rollout import denoising_step, image_keys, initial_noise, step_noise
@@ -156,7 +156,7 @@ class Evaluator:
         self._keys = image_keys(options.seed, 0, *index, "evaluation_step")
         self._draw, self._lanes = make_sampler(policy.structure), Lanes()
         self._decode = make_decoder(model)
-        self._chunk = rollout.microbatch
+        self._chunk = rollout.images_at_once
         known = all("task" in metadata for metadata in self.metadata)
         self._tasks = [str(metadata["task"]) for metadata in self.metadata] if known else None
         self.check: Callable[[], None] = do_nothing
@@ -328,7 +328,7 @@ def make_trajectory_kl(
 def _divergence(
     policy: PolicyStructure, reference: PolicyStructure, reduction: Reduction
 ) -> Callable[..., Array]:
-    @jax.jit
+    @network_jit
     def divergence(
         trained: Any,
         frozen: Any,

@@ -48,6 +48,16 @@ class Section:
         for name in names:
             self.require(getattr(self, name) >= 0, name, "0 or more")
 
+    def chosen(self, field: str) -> Any:
+        """Return a field that a run may leave open until its devices are known.
+
+        Raises:
+            UsageError: it is open still.
+        """
+        value = getattr(self, field)
+        self.require(value is not None, field, "a number, as `fitting.fitted` chooses it")
+        return value
+
     @classmethod
     def _key(cls, field: str) -> str:
         return f"{cls.section_name}.{field}"

@@ -38,7 +38,7 @@ from diffusion_grpo.nft import (
 from diffusion_grpo.optim import make_update, moved_average
 from diffusion_grpo.pipeline import PolicyStructure, TrainablePolicy
 from diffusion_grpo.probe import check_drift, measure_drift
-from diffusion_grpo.program_cache import shared_programs
+from diffusion_grpo.program_cache import network_jit, shared_programs
 from diffusion_grpo.rollout import fold_each
 from diffusion_grpo.schedule import Schedule, SchedulerConfig, alphas_cumprod
 from diffusion_grpo.steps import StepPlan, choose_steps, plan_steps, update_draw
@@ -91,7 +91,7 @@ class GRPOLearner(Learner):
             guard=options.guard,
             dppo_kl=options.dppo_kl,
             learned_noise=options.learn_noise_scale,
-            microbatch=options.microbatch,
+            microbatch=options.images_at_once,
         )
         self.loss = _loss_programs(policy.structure, loss, self.place)
         self._update = make_update(
@@ -101,7 +101,7 @@ class GRPOLearner(Learner):
             place=self.place,
         )
         self._draw = make_rollout(config, policy)
-        size = math.gcd(config.rollout.microbatch, images_learned_from(config.rollout, options))
+        size = math.gcd(config.rollout.images_at_once, images_learned_from(config.rollout, options))
         self._reference_steps = make_policy_steps(
             policy, size=size, reduction=loss.reduction, means=loss.needs_reference_means
         )
@@ -250,7 +250,7 @@ class GRPOLearner(Learner):
         arguments = state.train.params, self.policy.trained, self.policy.frozen, rollout.schedule
         each = [
             self._image_kl(*arguments, batch.take(rows), rollout.plan.active)
-            for rows in chunks(len(batch.advantages), self.config.rollout.microbatch)
+            for rows in chunks(len(batch.advantages), self.config.rollout.images_at_once)
         ]
         return replicated(join_rows(each))
 
@@ -272,7 +272,7 @@ class NFTLearner(Learner):
             beta=config.nft.beta,
             advantage_max=config.grpo.advantage_clip,
             penalty=config.grpo.beta > 0,
-            microbatch=config.grpo.microbatch,
+            microbatch=config.grpo.images_at_once,
         )
         self.loss = _nft_programs(policy.structure, loss, scheduler, self.place)
         self._update = make_update(
@@ -368,7 +368,7 @@ def _nft_programs(
 
 @shared_programs
 def _image_kl(policy: PolicyStructure, kind: Any, reduction: Reduction, learned_noise: bool) -> Any:
-    @jax.jit
+    @network_jit
     def image_kl(
         params: Any,
         reference: Any,

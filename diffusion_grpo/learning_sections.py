@@ -73,8 +73,9 @@ class GRPOOptions(Section):
     """Share of the steps that an iteration learns from, drawn anew each time (DanceGRPO)."""
     updates_per_rollout: int = 2
     """Optimizer steps an iteration; at the first ρ is exactly 1, clipping acts from the second."""
-    microbatch: int = 8
-    """Images differentiated at a time; divides the number of images learned from."""
+    microbatch: int | None = 8
+    """Images differentiated at a time; divides the number of images learned from. None takes what
+    the device's memory has room for."""
     gradient_steps: int | None = None
     """K of the A steps are differentiated, drawn uniformly, scaled by A/K; None takes all."""
     allow_drift: bool = False
@@ -95,6 +96,15 @@ class GRPOOptions(Section):
         self.require(all(w >= 0 for w in self.given_weights), "given_weights", "none below 0")
         self.require_non_negative("beta", "entropy_coeff")
         self.require_positive("updates_per_rollout", "microbatch", "gradient_steps", "kl_target")
+
+    @property
+    def images_at_once(self) -> int:
+        """The microbatch, once it is chosen.
+
+        Raises:
+            UsageError: it is left open; see `fitting.fitted`.
+        """
+        return self.chosen("microbatch")
 
 
 @dataclasses.dataclass(frozen=True)

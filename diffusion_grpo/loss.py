@@ -33,6 +33,7 @@ from diffusion_grpo.mesh import (
     shards,
     total_of,
 )
+from diffusion_grpo.program_cache import network_jit
 from diffusion_grpo.rollout import Denoiser, denoising_step
 from diffusion_grpo.schedule import Schedule
 from diffusion_grpo.steps import Ratio, StepPlan
@@ -230,7 +231,7 @@ def compile_loss(
         gap = (mb.trajectory.log_probs - mb.reference.log_probs)[active]
         return (gap if weights is None else gap * weights[active][:, None]).sum(axis=0)
 
-    @partial(jax.jit, static_argnames="on_policy")
+    @partial(network_jit, static_argnames="on_policy")
     def terms(
         params: Any,
         frozen: Any,
@@ -306,7 +307,7 @@ def compile_loss(
         metrics = ratio_metrics(log_ratio, clipped, from_old, elements(mb))
         return loss, metrics | {"policy_loss": loss}
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(network_jit, donate_argnums=0)
     def accumulate(
         gradient: Any,
         params: Any,

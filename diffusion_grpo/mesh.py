@@ -115,12 +115,17 @@ def check_divides(config: Config, size: int) -> None:
         "the number of images learned from": images_learned_from(rollout, config.grpo),
     }
     for name, value in numbers.items():
-        if value % size:
+        if value is not None and value % size:
             raise UsageError(
                 f"{name} is {value}, which does not divide over {size} devices; expected a "
                 f"multiple of {size}, so that each has whole groups and as many images, or fewer "
-                f"devices: --mesh.data {math.gcd(*numbers.values())} --mesh.fsdp 1"
+                f"devices: --mesh.data {math.gcd(*filter(None, numbers.values()))} --mesh.fsdp 1"
             )
+
+
+def one_device() -> Mesh:
+    """Return a mesh of a single device of this process."""
+    return _side_by_side(jax.local_devices()[:1], 1, 1)
 
 
 def use(mesh: Mesh) -> AbstractContextManager[Any]:

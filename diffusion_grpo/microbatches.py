@@ -21,7 +21,7 @@ from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.mesh import by_rows, join_rows, own_rows, resident, take_rows
 from diffusion_grpo.pipeline import PolicyStructure, TrainablePolicy, make_sampler
 from diffusion_grpo.pretrained import DTYPES
-from diffusion_grpo.program_cache import shared_programs
+from diffusion_grpo.program_cache import network_jit, shared_programs
 from diffusion_grpo.reward import Scoring
 from diffusion_grpo.rollout import Trajectory, sample
 from diffusion_grpo.schedule import Schedule
@@ -51,7 +51,7 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
     draw = _recorder(
         policy.structure, config.grpo.log_prob_reduction, DTYPES[config.rollout.storage_dtype]
     )
-    draw_parts = _over_microbatches(draw, config.rollout.microbatch, lambda drawn: drawn.final)
+    draw_parts = _over_microbatches(draw, config.rollout.images_at_once, lambda drawn: drawn.final)
 
     def rollout(*arguments: Any, output: Output | None = None) -> Trajectory:
         parts = draw_parts(*arguments, output=output)
@@ -68,7 +68,7 @@ def make_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., Traje
 def _recorder(
     policy: PolicyStructure, reduction: Reduction, storage: Any
 ) -> Callable[..., Trajectory]:
-    @jax.jit
+    @network_jit
     def draw(
         trained: Any, frozen: Any, schedule: Schedule, noise: Any, keys: Any, conditioning: Any
     ) -> Trajectory:
@@ -91,7 +91,7 @@ def _recorder(
 def make_final_rollout(config: Config, policy: TrainablePolicy) -> Callable[..., jax.Array]:
     """Compile the sampler that keeps the clean latents alone; called as `make_rollout`'s."""
     draw = make_sampler(policy.structure)
-    draw_parts = _over_microbatches(draw, config.rollout.microbatch, lambda drawn: drawn)
+    draw_parts = _over_microbatches(draw, config.rollout.images_at_once, lambda drawn: drawn)
 
     def rollout(*arguments: Any, output: Output | None = None) -> jax.Array:
         return join_rows(draw_parts(*arguments, output=output))
@@ -169,7 +169,7 @@ def make_policy_steps(
 def _describer(
     policy: PolicyStructure, reduction: Reduction, *, means: bool
 ) -> Callable[..., PolicySteps]:
-    @jax.jit
+    @network_jit
     def describe(
         trained: Any, frozen: Any, schedule: Schedule, batch: UpdateBatch, active: Any
     ) -> PolicySteps:

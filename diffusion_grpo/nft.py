@@ -23,6 +23,7 @@ from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.loss import Policy
 from diffusion_grpo.mesh import Place, replicated, resident, take_rows
+from diffusion_grpo.program_cache import network_jit
 from diffusion_grpo.rollout import fold_each, initial_noise
 from diffusion_grpo.schedule import PredictionType, add_noise, epsilon_x0
 
@@ -144,7 +145,7 @@ def compile_nft(
     signal_scale = jnp.asarray(np.sqrt(alphas_cumprod), jnp.float32)
     noise_scale = jnp.asarray(np.sqrt(1 - alphas_cumprod), jnp.float32)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(network_jit, donate_argnums=0)
     def accumulate(
         gradient: Any,
         params: Any,

@@ -26,7 +26,7 @@ from diffusion_grpo.mesh import by_rows, gathered, on_devices, resident, shards
 from diffusion_grpo.models.unet import UNetConfig
 from diffusion_grpo.models.vae import VAEConfig
 from diffusion_grpo.pretrained import StableDiffusion, image_size
-from diffusion_grpo.program_cache import shared_programs
+from diffusion_grpo.program_cache import network_jit, shared_programs
 from diffusion_grpo.rollout import (
     Denoiser,
     guided,
@@ -58,16 +58,21 @@ class PolicyStructure:
         guidance_scale: s of classifier-free guidance.
         learns_noise: whether the trained parameters hold a log noise scale of each step.
         group: see `TrainablePolicy.of_groups`.
+        dtype: that the network computes in.
     """
 
     graphdef: Any
     guidance_scale: float
     learns_noise: bool = False
     group: int = 1
+    dtype: Any = jnp.float32
 
     def denoiser(self, trained: Any, frozen: Any) -> Denoiser:
         """Return the guided denoiser with the given parameters; its conditioning is by image."""
         network, frozen = gathered(self.parameters(trained)), gathered(frozen)
+        # Once here, and not by each layer at each step: of hundreds of adapters of SD 1.5 every
+        # cast would be a GPU kernel of its own.
+        network = jax.tree.map_with_path(self._as_computed_with, network)
 
         def apply(sample: Array, timesteps: Array, conditioning: Conditioning) -> Array:
             return nnx.merge(self.graphdef, network, frozen)(sample, timesteps, **conditioning)
@@ -82,6 +87,12 @@ class PolicyStructure:
             return denoise(latents, timestep, (every(prompts, each), negative))
 
         return by_prompt
+
+    def _as_computed_with(self, path: tuple[Any, ...], leaf: Array) -> Array:
+        """Cast what linear layers and convolutions would cast; norms take their own in float32."""
+        names = {str(getattr(key, "key", "")) for key in path[-2:]}
+        multiplies = names & {"kernel", "lora_a", "lora_b"}
+        return leaf.astype(self.dtype) if multiplies else leaf
 
     def noise(self, trained: Any, schedule: Schedule) -> Schedule:
         """Return the rollout's schedule with the policy's own noise, where it learns one."""
@@ -121,7 +132,13 @@ class TrainablePolicy:
         """
         self.reads_tokens = isinstance(network, TextConditionedUNet)
         graphdef, trained, self.frozen = nnx.split(network, trainable, ...)
-        self.structure = PolicyStructure(graphdef, guidance_scale, noise_steps is not None)
+        unet = network.unet if isinstance(network, TextConditionedUNet) else network
+        self.structure = PolicyStructure(
+            graphdef,
+            guidance_scale,
+            noise_steps is not None,
+            dtype=getattr(unet, "dtype", jnp.float32),
+        )
         self.trained: Any = trained
         if noise_steps is not None:
             self.trained = {
@@ -373,7 +390,7 @@ def make_solved(policy: PolicyStructure, *, previews: bool = False) -> Callable[
         (trained, frozen, solver, initial, keys, conditioning) → (x_0, x̂₀ of every step).
     """
 
-    @jax.jit
+    @network_jit
     def draw(
         trained: Any,
         frozen: Any,
@@ -396,7 +413,7 @@ def make_sampler(policy: PolicyStructure) -> Callable[..., Array]:
         (trained, frozen, schedule, initial, keys, conditioning) → x_0.
     """
 
-    @jax.jit
+    @network_jit
     def draw(
         trained: Any,
         frozen: Any,

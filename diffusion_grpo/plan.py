@@ -37,6 +37,7 @@ from diffusion_grpo.pretrained import DTYPES
 from diffusion_grpo.programs import noise_steps, update_arguments
 from diffusion_grpo.published import Architecture, text_networks
 from diffusion_grpo.schedule import SchedulerConfig
+from diffusion_grpo.tensors import OneKey, abstract_module
 
 USABLE = 0.92  # share of a device's memory that a run can have
 
@@ -81,7 +82,19 @@ def make_plan(config: Config, model: Architecture, device: Device, count: int) -
 
     Raises:
         UsageError: the mesh has another number of devices, or the devices do not divide the
-            microbatches.
+            microbatches or the prompts.
+    """
+    check_devices(config, count)
+    with planned_for(device.backend, count):
+        return Planner(config, model, device, count).plan()
+
+
+def check_devices(config: Config, count: int) -> None:
+    """Find out whether a run can be laid out over a number of devices.
+
+    Raises:
+        UsageError: the mesh has another number, or the devices do not divide the microbatches or
+            the prompts, of which each takes whole groups.
     """
     mesh = config.mesh
     laid_out = mesh.fsdp * (max(count // mesh.fsdp, 1) if mesh.data is None else mesh.data)
@@ -94,30 +107,32 @@ def make_plan(config: Config, model: Architecture, device: Device, count: int) -
     for name, size in (
         ("rollout.microbatch", config.rollout.microbatch),
         ("grpo.microbatch", config.grpo.microbatch),
+        ("rollout.prompts_per_iteration", config.rollout.prompts_per_iteration),
     ):
-        if size % count:
+        if size is not None and size % count:
             raise UsageError(
                 f"{name} is {size}, which {count} devices do not divide; expected a multiple of "
                 f"{count}"
             )
-    with planned_for(device.backend):
-        return _Planner(config, model, device, count).plan()
 
 
-class _Planner:
+class Planner:
     """The pieces of a plan."""
 
     def __init__(self, config: Config, model: Architecture, device: Device, count: int) -> None:
+        """Prepare the networks by shape; of what `fitting.fitted` chooses nothing is open."""
         self.config, self.model, self.device, self.count = config, model, device, count
         dtype = DTYPES[config.model.dtype]
         full = config.model.trainable == "full"
         frozen = {"dtype": dtype, "param_dtype": dtype}
         lora = lora_options(config)
 
+        key: Any = OneKey()
+
         def network() -> nnx.Module:
-            rngs, master = nnx.Rngs(0), jnp.float32 if full else dtype
+            rngs, master = key, jnp.float32 if full else dtype
             unet = UNet2DConditionModel(model.unet, dtype=dtype, param_dtype=master, rngs=rngs)
-            unet.gradient_checkpointing = config.model.gradient_checkpointing
+            unet.gradient_checkpointing = config.model.chosen("gradient_checkpointing")
             if lora is None:
                 return unet
             parts: dict[str, Any] = {"unet": unet}
@@ -142,9 +157,7 @@ class _Planner:
         assert isinstance(learner, GRPOLearner | NFTLearner)
         self.learner = learner
         self.vae = nnx.split(
-            nnx.eval_shape(
-                lambda: AutoencoderKL(model.vae, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-            )
+            abstract_module(AutoencoderKL, model.vae, dtype=dtype, param_dtype=dtype)
         )
 
     @property
@@ -204,47 +217,11 @@ class _Planner:
         rollout, options = config.rollout, config.grpo
         images = rollout.num_images // count
         chosen = images_learned_from(rollout, options) // count
-        drawn, learned = rollout.microbatch // count, options.microbatch // count
-        full, fsdp = config.model.trainable == "full", config.mesh.fsdp
-        shards = fsdp if full else 1  # an adapter and all that has its shape are whole everywhere
-        whole = size_of(self.policy.trained)
-        trained = share_of(self.policy.trained, shards)
-        network = share_of(self.policy.frozen, fsdp)
-        frozen = network if self.policy.reads_tokens else network + self.text_bytes()
-        optimizer, _ = make_optimizer(config.optim, 1, config.run.iterations)
-        state = share_of(jax.eval_shape(optimizer.init, self.policy.trained), shards)
-        # A program gathers what is divided and holds it beside the shares, while it runs; what a
-        # ring sends for that is all that a device has not got.
-        of_trained, of_frozen = whole - trained, size_of(self.policy.frozen) - network
-        gather, updating = of_trained + of_frozen, self.policies() * of_trained + of_frozen
-
-        def gathered(sent: int) -> int:
-            return sent * fsdp // (fsdp - 1) if sent else 0
-
-        def lanes(microbatches: int) -> int:
-            """How many microbatches are at work at the same time; see `lanes.py`."""
-            here = min(MOST, cores()) if device.backend == "cpu" and count == 1 else 1
-            return min(here, microbatches)
-
+        drawn, learned = rollout.images_at_once // count, options.images_at_once // count
+        full = config.model.trainable == "full"
+        whole, (gather, updating) = size_of(self.policy.trained), self.gathered()
         sample, update, decoded = self.sample(drawn), self.update(learned), self.decode(drawn)
-        memory = Memory(
-            {
-                "frozen parameters": frozen + size_of(self.vae[1]),
-                "trained parameters": trained,
-                "reference": trained,
-                **({"old policy": trained} if self.nft else {}),
-                "optimizer state": state + (trained if config.optim.ema_decay is not None else 0),
-                "trajectories": self.trajectory_bytes(images),
-            },
-            gradient=trained,
-            images=images,
-            learned=chosen,
-            sampled=linear_peak(sample, drawn, self.sample, beside=gathered(gather)),
-            decoded=linear_peak(decoded, drawn, self.decode),
-            updated=linear_peak(update, learned, self.update, beside=gathered(updating)),
-            slack=device.slack,
-            lanes=lanes,
-        )
+        memory = self.memory({drawn: sample}, {drawn: decoded}, {learned: update})
         active, steps = self.learner.steps_learned
         updates = options.updates_per_rollout
         sweeps = sum(self.learner.sweeps)
@@ -252,8 +229,7 @@ class _Planner:
         share = active / rollout.num_steps  # of a rollout's forwards, in a sweep over its images
         extra = sweeps * share * chosen / images
         parts = images // drawn
-        rate = device.flops if config.model.dtype == "bfloat16" else device.flops_float32
-        sampled = parts * device.seconds(sample, rate)
+        sampled = parts * self.seconds(sample)
         with_kl = 1 + self.learner.reward_kl_forwards * share  # rollouts, with one in the reward
         # GRPO sums an adapter's gradient over the devices once an update; all others each call.
         sums = calls if full or self.nft else updates
@@ -261,8 +237,8 @@ class _Planner:
         communicated = reduced + (parts + self.sweep_calls()) * gather + calls * updating
         seconds = {
             "sample": with_kl * sampled,
-            "decode": parts * device.seconds(decoded, rate),
-            "update": calls * device.backward * device.seconds(update, rate) + extra * sampled,
+            "decode": parts * self.seconds(decoded),
+            "update": calls * device.backward * self.seconds(update) + extra * sampled,
             "communicate": communicated / device.link,
         }
         flops = {
@@ -282,10 +258,77 @@ class _Planner:
             warnings=self.warnings(memory, peak, limit),
         )
 
+    def seconds(self, cost: Cost) -> float:
+        """Return the time of a program by the roofline; of a gradient's, see `Device.backward`."""
+        device = self.device
+        half = self.config.model.dtype == "bfloat16"
+        return device.seconds(cost, device.flops if half else device.flops_float32)
+
+    def gathered(self) -> tuple[int, int]:
+        """Bytes that a program gathers of what is divided: sampling's, and the update's.
+
+        It holds them beside the shares, while it runs; what a ring sends for that is all that a
+        device has not got.
+        """
+        fsdp, shards = self.config.mesh.fsdp, self.shards
+        of_trained = size_of(self.policy.trained) - share_of(self.policy.trained, shards)
+        of_frozen = size_of(self.policy.frozen) - share_of(self.policy.frozen, fsdp)
+        return of_trained + of_frozen, self.policies() * of_trained + of_frozen
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices what is trained is divided: an adapter is whole everywhere."""
+        return self.config.mesh.fsdp if self.config.model.trainable == "full" else 1
+
+    def memory(
+        self, samples: dict[int, Cost], decodes: dict[int, Cost], updates: dict[int, Cost]
+    ) -> Memory:
+        """Return the memory of one device as a function of the microbatches.
+
+        Args:
+            samples: images at a time → the cost of sampling, of two sizes, one or none, whose
+                memory is left out.
+            decodes: of decoding.
+            updates: of one step's gradient.
+        """
+        config, count = self.config, self.count
+        rollout, fsdp, shards = config.rollout, config.mesh.fsdp, self.shards
+        images = rollout.num_images // count
+        trained = share_of(self.policy.trained, shards)
+        network = share_of(self.policy.frozen, fsdp)
+        frozen = network if self.policy.reads_tokens else network + self.text_bytes()
+        optimizer, _ = make_optimizer(config.optim, 1, config.run.iterations)
+        state = share_of(jax.eval_shape(optimizer.init, self.policy.trained), shards)
+        gather, updating = (sent * fsdp // (fsdp - 1) if sent else 0 for sent in self.gathered())
+
+        def lanes(microbatches: int) -> int:
+            """How many microbatches are at work at the same time; see `lanes.py`."""
+            here = min(MOST, cores()) if self.device.backend == "cpu" and count == 1 else 1
+            return min(here, microbatches)
+
+        return Memory(
+            {
+                "frozen parameters": frozen + size_of(self.vae[1]),
+                "trained parameters": trained,
+                "reference": trained,
+                **({"old policy": trained} if self.nft else {}),
+                "optimizer state": state + (trained if config.optim.ema_decay is not None else 0),
+                "trajectories": self.trajectory_bytes(images),
+            },
+            gradient=trained,
+            images=images,
+            learned=images_learned_from(rollout, config.grpo) // count,
+            sampled=linear_peak(samples, self.sample, beside=gather),
+            decoded=linear_peak(decodes, self.decode),
+            updated=linear_peak(updates, self.update, beside=updating),
+            slack=self.device.slack,
+            lanes=lanes,
+        )
+
     def mends(self, memory: Memory, limit: float) -> str:
         """Say what would make it fit."""
         config, count = self.config, self.count
-        drawn, learned = config.rollout.microbatch // count, config.grpo.microbatch // count
+        drawn, learned = config.rollout.images_at_once // count, config.grpo.images_at_once // count
         sizes = memory.fitting(drawn, learned, limit)
         said = ["no microbatch fits"]
         if all(sizes.values()):
@@ -328,13 +371,13 @@ class _Planner:
         rollout, options = self.config.rollout, self.config.grpo
         images = images_learned_from(rollout, options)
         moving, others = self.learner.sweeps
-        calls = moving * (images // options.microbatch)
-        calls += others * (images // math.gcd(rollout.microbatch, images))
+        calls = moving * (images // options.images_at_once)
+        calls += others * (images // math.gcd(rollout.images_at_once, images))
         # The KL in the reward: two whole networks are gathered each, what two adapters share once.
         policies = self.learner.reward_kl_forwards
         if self.config.model.trainable == "lora":
             policies = min(1, policies)
-        return calls + policies * (rollout.num_images // rollout.microbatch)
+        return calls + policies * (rollout.num_images // rollout.images_at_once)
 
     def text_bytes(self) -> int:
         """Bytes of the text encoders, about: embeddings and layers."""

@@ -40,23 +40,28 @@ def peak_of(parts: Mapping[str, int]) -> int:
 
 
 def linear_peak(
-    cost: Cost, size: int, cost_of: Callable[[int], Cost], *, beside: int = 0
+    costs: Mapping[int, Cost], cost_of: Callable[[int], Cost], *, beside: int = 0
 ) -> Callable[[int], float]:
     """Return images at a time → peak bytes of a program: a straight line through two sizes.
 
     Args:
-        cost: of `size` images at a time.
-        size: images.
-        cost_of: images at a time → cost; called for twice the size, where another is asked for.
+        costs: of one size or two: images at a time → cost; of none, the program is left out.
+        cost_of: images at a time → cost; called for twice the size, where there is one and another
+            is asked for.
         beside: bytes that the program takes besides, whatever the images.
     """
+    if not costs:
+        return lambda size: 0.0
+    size, *others = costs
 
     @functools.cache
     def slope() -> float:
-        return (cost_of(2 * size).peak - cost.peak) / size
+        other = others[0] if others else 2 * size
+        cost = costs[other] if others else cost_of(other)
+        return (cost.peak - costs[size].peak) / (other - size)
 
     def peak(other: int) -> float:
-        return beside + cost.peak + (slope() * (other - size) if other != size else 0.0)
+        return beside + costs[size].peak + (slope() * (other - size) if other != size else 0.0)
 
     return peak
 
@@ -102,25 +107,27 @@ class Memory:
         What is drawn at a time has to fit beside the gradients of an update that fits.
         """
         found = {}
-        if self._updating_bytes(differentiated) > limit:
+        if self.updating_bytes(differentiated) > limit:
             differentiated = found["grpo.microbatch"] = self.most_differentiated(limit)
-        if differentiated and self._drawing_bytes(drawn, differentiated) > limit:
+        if differentiated and self.drawing_bytes(drawn, differentiated) > limit:
             found["rollout.microbatch"] = _largest(
-                self.images, lambda size: self._drawing_bytes(size, differentiated) <= limit
+                self.images, lambda size: self.drawing_bytes(size, differentiated) <= limit
             )
         return found
 
     def most_differentiated(self, limit: float) -> int:
         """Return how many images can be differentiated at a time; 0 for none."""
-        return _largest(self.learned, lambda size: self._updating_bytes(size) <= limit)
+        return _largest(self.learned, lambda size: self.updating_bytes(size) <= limit)
 
     def _held(self, differentiated: int) -> int:
         return sum(self.kept.values()) + self._gradient(differentiated)
 
-    def _drawing_bytes(self, drawn: int, differentiated: int) -> int:
+    def drawing_bytes(self, drawn: int, differentiated: int) -> int:
+        """Return the bytes taken while `drawn` images are drawn at a time, gradients beside."""
         return self._held(differentiated) + max(self._drawing(drawn).values())
 
-    def _updating_bytes(self, differentiated: int) -> int:
+    def updating_bytes(self, differentiated: int) -> int:
+        """Return the bytes taken while so many images are differentiated at a time."""
         return self._held(differentiated) + sum(self._updating(differentiated).values())
 
     def _gradient(self, size: int) -> int:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+import jax
 
 from diffusion_grpo.models.kernels import VARIABLE
 
@@ -41,3 +43,20 @@ def shared_programs(make: Callable[_P, _T]) -> Callable[_P, _T]:
         return cached(os.environ.get(VARIABLE), *args, **kwargs)
 
     return of
+
+
+# XLA multiplies what is multiplied by several matrices by all of them side by side, and copies the
+# parts out of the product. Of large ones that costs more than it saves, and there are many with an
+# adapter: its A is put beside every layer's own matrix.
+GPU_OPTIONS: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 1}
+
+
+def network_jit(function: Callable[_P, _T], **kwargs: Any) -> Callable[_P, _T]:
+    """Compile a program that runs a network: `jax.jit` with XLA's options for the device.
+
+    Args:
+        function: what to compile; its program is not to be called within another.
+        **kwargs: as of `jax.jit`.
+    """
+    gpu = jax.default_backend() in ("gpu", "cuda", "rocm")
+    return jax.jit(function, compiler_options=GPU_OPTIONS if gpu else None, **kwargs)

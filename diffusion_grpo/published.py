@@ -28,6 +28,7 @@ from diffusion_grpo.pretrained import (
     read_unet_config,
 )
 from diffusion_grpo.schedule import SchedulerConfig
+from diffusion_grpo.tensors import abstract_module
 
 POOL = 1 << 22  # random numbers drawn; leaves larger than this repeat them
 
@@ -208,7 +209,7 @@ def random_module(kind: Any, config: Any, **kw: Any) -> Any:
         config: its configuration.
         **kw: `dtype` and `param_dtype`.
     """
-    module = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), **kw))
+    module = abstract_module(kind, config, **kw)
     graphdef, shapes = nnx.split(module)
     pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
 

@@ -50,8 +50,9 @@ class ModelConfig(Section):
     """Train adapters of the text encoders too, of the same rank and scale; needs trainable lora."""
     text_encoder_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """As lora_targets, of the text encoders."""
-    gradient_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: bool | None = False
+    """Recompute each block's activations in the backward pass: less memory, more time. None
+    recomputes where they would not fit, or leave room for too few images at a time."""
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
@@ -118,8 +119,8 @@ class RolloutConfig(Section):
     """s, classifier-free guidance in sampling, update and evaluation; up to 1 it is off."""
     negative_prompt: str = ""
     """Text of the unconditional half of the guidance."""
-    microbatch: int = 16
-    """Images sampled at a time; divides P x G."""
+    microbatch: int | None = 16
+    """Images sampled at a time; divides P x G. None takes what the device's memory has room for."""
     height: int | None = None
     """Image height in pixels; None takes the checkpoint's."""
     width: int | None = None
@@ -155,6 +156,15 @@ class RolloutConfig(Section):
                 f"rollout.height is {self.height} and rollout.width is {self.width}; expected "
                 "both or neither"
             )
+
+    @property
+    def images_at_once(self) -> int:
+        """The microbatch, once it is chosen.
+
+        Raises:
+            UsageError: it is left open; see `fitting.fitted`.
+        """
+        return self.chosen("microbatch")
 
     @property
     def num_images(self) -> int:

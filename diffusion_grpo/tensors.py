@@ -103,7 +103,7 @@ def checkpoint_slots(module: nnx.Module) -> dict[str, Slot]:
     return slots
 
 
-class _OneKey(nnx.Rngs):
+class OneKey(nnx.Rngs):
     """Give every initializer the same key, for modules of which only the shapes are wanted.
 
     Counting keys while a module is traced takes time quadratic in its parameters: a minute for
@@ -127,7 +127,7 @@ def abstract_module(module_class: Any, config: Any, **kw: Any) -> Any:
         config: its configuration.
         **kw: `dtype`, `param_dtype`.
     """
-    rngs = _OneKey()
+    rngs = OneKey()
     return nnx.eval_shape(lambda: module_class(config, rngs=rngs, **kw))
 
 

@@ -27,6 +27,7 @@ from diffusion_grpo.divided_scoring import load_rewards, start_scoring
 from diffusion_grpo.errors import RunError
 from diffusion_grpo.evaluate import Evaluation, Evaluator
 from diffusion_grpo.faults import explained, nonfinite_message, phase
+from diffusion_grpo.fitting import fitted_here
 from diffusion_grpo.interrupt import StopRequest
 from diffusion_grpo.learner import Learner, LearnerState, image_advantages, kl_penalty
 from diffusion_grpo.learning import make_learner
@@ -136,7 +137,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             config.model.pretrained, revision=config.model.revision, variant=config.model.variant
         )
         check_layout(source)
-    config = at_commit(config, source)
+    config, fitted_notes = fitted_here(at_commit(config, source), source)
     check_alike(config, lists)
     settings = config.reward_settings()
     gold_specs = config.gold_rewards()
@@ -160,12 +161,13 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     at_once = prompts_at_once(model)
 
     # The directory, and what a run before left there.
-    lock = open_directory(config, directory, learner.notes, lists=lists, resume=resume)
+    notes = [*fitted_notes, *learner.notes]
+    lock = open_directory(config, directory, notes, lists=lists, resume=resume)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep=config.run.keep_checkpoints, writes=leads()
     )
     again = f"diffusion-grpo train --resume {shlex.quote(str(directory))}"
-    start, notes = 0, learner.notes
+    start = 0
     evaluated = heldout[: config.eval.num_prompts]
     if sources.heldout is not None and (note := overlap_note(prompts, evaluated)):
         notes = [*notes, note]
@@ -262,7 +264,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             start_keys = by_rows(image_keys(seed, iteration, index, first, "initial_noise"))
             step_keys = by_rows(image_keys(seed, iteration, index, group, "step_noise"))
             noise = initial_noise(start_keys, shape)
-            own, order = own_places(len(group)), shard_order(len(group), rollout.microbatch)
+            own, order = own_places(len(group)), shard_order(len(group), rollout.images_at_once)
             with (
                 checkpoints.kept(iteration, leaves(state), resume=again),
                 phase("sampling"),

@@ -61,7 +61,7 @@ class Workload:
         """
         self.config, self.model = config, model
         rollout = config.rollout
-        model.unet.gradient_checkpointing = config.model.gradient_checkpointing
+        model.unet.gradient_checkpointing = config.model.chosen("gradient_checkpointing")
         self.policy = make_policy(
             model,
             guidance_scale=rollout.guidance_scale,
@@ -138,7 +138,7 @@ class Workload:
 
     def decode(self) -> Any:
         """Decode the images drawn last."""
-        size = self.config.rollout.microbatch
+        size = self.config.rollout.images_at_once
         self._images = decode_chunks(self.decoder, self._drawn().final, size)
         return self._images
 
@@ -236,7 +236,7 @@ class Workload:
             noise_steps=noise_steps(config),
         )
         learner = make_learner(config, plain, self.model.scheduler_config, self.shape)
-        size = config.grpo.microbatch
+        size = config.grpo.images_at_once
         noise = self.noise[:size]
         conditioning = of_rows(self.conditioning, np.arange(len(noise)))
 
@@ -256,7 +256,7 @@ class Workload:
         if stats and "peak_bytes_in_use" in stats:
             return {"device_peak": int(stats["peak_bytes_in_use"])}
         assert isinstance(self.learner, GRPOLearner | NFTLearner)
-        size = self.config.grpo.microbatch
+        size = self.config.grpo.images_at_once
         noise = self.noise[:size]
         conditioning = of_rows(self.conditioning, np.arange(len(noise)))
         arguments = update_arguments(self.learner, self.policy, noise, conditioning)

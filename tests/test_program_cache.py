@@ -5,12 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import compilations
+from flax import nnx
+from test_plan import TINY
 from torch_checkpoints import TWO_LEVELS, write_pipeline
 
+from diffusion_grpo.lora import LoRAParam, attach_lora
 from diffusion_grpo.models.kernels import VARIABLE, attend, planned_for
-from diffusion_grpo.pipeline import generate
+from diffusion_grpo.models.unet import UNet2DConditionModel
+from diffusion_grpo.pipeline import TrainablePolicy, generate, make_sampler
 from diffusion_grpo.pretrained import StableDiffusion
-from diffusion_grpo.program_cache import shared_programs
+from diffusion_grpo.program_cache import network_jit, shared_programs
+from diffusion_grpo.schedule import SchedulerConfig, make_schedule
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +77,73 @@ def test_a_maker_is_called_once_for_equal_arguments():
     assert make.__name__ == "make"
     with pytest.raises(TypeError, match="unhashable"):
         make([1])
+
+
+def test_options_for_a_gpu_are_xlas_and_change_no_number(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    there = network_jit(lambda x: x @ x)
+    monkeypatch.undo()
+    # An option that XLA does not know, or a value that it does not take, is an error here too.
+    np.testing.assert_allclose(there(x), x @ x, rtol=1e-5)
+    with pytest.raises(Exception, match="No such compile option"):
+        jax.jit(lambda x: x @ x, compiler_options={"xla_gpu_dot_merger_threshold": 1})(x)
+
+
+@pytest.mark.parametrize("trainable", [LoRAParam, nnx.Param])
+def test_parameters_are_cast_once_and_numbers_are_those_of_casts_in_the_layers(trainable):
+    rngs = nnx.Rngs(0)
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
+    unet = UNet2DConditionModel(TINY, rngs=rngs, **dtypes)
+    if trainable is LoRAParam:
+        attach_lora(unet, ["to_q", "conv1"], rank=2, alpha=2.0, rngs=rngs)
+    policy = TrainablePolicy(unet, 1.0, trainable)
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    moved = jax.tree.map(
+        lambda p: p + 0.02 * jax.random.normal(next(keys), p.shape), policy.trained
+    )
+    x = jax.random.normal(jax.random.key(2), (2, 8, 8, 4))
+    text = jax.random.normal(jax.random.key(3), (2, 5, 16), jnp.bfloat16)
+    times = jnp.full(2, 7, jnp.int32)
+
+    def in_layers(trained):
+        network = nnx.merge(policy.structure.graphdef, trained, policy.frozen)
+        return network(x, times, encoder_hidden_states=text)
+
+    def once(trained):
+        states = {"encoder_hidden_states": text}
+        negative = {"encoder_hidden_states": text[:1]}
+        return policy.denoiser(trained, policy.frozen)(x, jnp.int32(7), (states, negative))
+
+    def squares(denoise):
+        return jax.jit(jax.grad(lambda t: jnp.square(denoise(t).astype(jnp.float32)).sum()))
+
+    with jax.numpy_dtype_promotion("standard"):  # JAX's attention in bfloat16 promotes, backward
+        expected, found = squares(in_layers)(moved), squares(once)(moved)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_what_a_sampler_multiplies_with_is_cast_before_its_steps():
+    unet = UNet2DConditionModel(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    policy = TrainablePolicy(unet, 1.0)
+    schedule = make_schedule(SchedulerConfig(), 3, eta=0.0)
+    noise = jnp.zeros((2, 8, 8, 4))
+    states = {"encoder_hidden_states": jnp.zeros((2, 5, 16), jnp.bfloat16)}
+    negative = {"encoder_hidden_states": jnp.zeros((1, 5, 16), jnp.bfloat16)}
+    keys = jax.random.split(jax.random.key(0), 2)
+    draw = make_sampler(policy.structure)
+    traced = draw.trace(policy.trained, policy.frozen, schedule, noise, keys, (states, negative))
+    (scan,) = [e for e in _equations(traced.jaxpr.jaxpr) if e.primitive.name == "scan"]
+    kernels = [leaf for leaf in jax.tree.leaves(policy.trained) if leaf.ndim == 4]
+    inside = [v.aval for v in scan.invars if v.aval.shape in {k.shape for k in kernels}]
+    assert len(inside) >= len(kernels) > 0
+    assert {aval.dtype for aval in inside} == {jnp.dtype(jnp.bfloat16)}
+
+
+def _equations(jaxpr):
+    """All equations of a program but those within loops."""
+    for equation in jaxpr.eqns:
+        yield equation
+        if equation.primitive.name in ("jit", "pjit", "closed_call"):
+            yield from _equations(equation.params["jaxpr"].jaxpr)

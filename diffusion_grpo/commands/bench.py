@@ -22,11 +22,10 @@ GEOMETRIES: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {
         "rollout": {
             "prompts_per_iteration": 2,
-            "images_per_prompt": 4,
+            "images_per_prompt": 8,
             "num_steps": 10,
-            "microbatch": 4,
         },
-        "grpo": {"microbatch": 4, "updates_per_rollout": 1},
+        "grpo": {"updates_per_rollout": 1},
     },
 }
 CLIP_IMAGES = 64
@@ -241,6 +240,8 @@ def run(words: Sequence[str]) -> list[Path]:
     import jax.numpy as jnp
 
     from diffusion_grpo import bench
+    from diffusion_grpo.devices import device_here
+    from diffusion_grpo.fitting import fitted, fitted_here
     from diffusion_grpo.peer import check_options, check_unet, compare
     from diffusion_grpo.preparation import load_model
     from diffusion_grpo.pretrained import DTYPES, check_clip, local_directory
@@ -255,6 +256,7 @@ def run(words: Sequence[str]) -> list[Path]:
     if random:
         architecture = ARCHITECTURES[options.preset]
         random_tokens = architecture.tokens
+        config, notes = fitted(config, architecture, device_here(), 1)
         full = config.model.trainable == "full"
         model = random_pipeline(
             architecture,
@@ -264,11 +266,14 @@ def run(words: Sequence[str]) -> list[Path]:
     else:
         (source,) = find_models([options.model or config.model.pretrained], **given)
         place = local_directory(source.place, revision=source.revision, variant=source.variant)
+        config, notes = fitted_here(config, place)
         chosen = dataclasses.replace(config.model, variant=source.variant)
         model = load_model(dataclasses.replace(config, model=chosen), place)
     if options.against:
         check_unet(model.unet.config)
     work = Workload(config, model, random_tokens=random_tokens)
+    for note in notes:
+        talk.say(note)
 
     def save(record: dict[str, Any]) -> None:
         if options.json is not None:

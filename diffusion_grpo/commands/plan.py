@@ -38,21 +38,31 @@ def run(words: Sequence[str]) -> list[Path]:
     start = rest.pop(0) if rest and not rest[0].startswith("-") else None
 
     from diffusion_grpo.config import load_config
-    from diffusion_grpo.plan import USABLE, make_plan, table
+    from diffusion_grpo.fitting import fitted
+    from diffusion_grpo.plan import USABLE, check_devices, make_plan, table
     from diffusion_grpo.published import find_architecture
     from diffusion_grpo.run_models import with_found_model
 
     config = with_found_model(load_config(start, rest, prog="diffusion-grpo plan"))
     device = find_device(device_name)
     model = find_architecture(config.model.pretrained, revision=config.model.revision)
+    check_devices(config, int(count))
+    config, notes = fitted(config, model, device, int(count))
     plan = make_plan(config, model, device, int(count))
     if "--quiet" not in own:
         print(f"{count} x {device_name}, {config.model.pretrained}")
+        for note in notes:
+            print(note)
         judges = [*config.training_rewards(), *config.gold_rewards()]
         table(plan, USABLE * device.memory, rewards=[reward.name for reward in judges])
     if path is None:
         return []
     record = dataclasses.asdict(plan) | {"peak": plan.peak, "device": device_name}
+    record |= {
+        "microbatch": config.rollout.microbatch,
+        "update_microbatch": config.grpo.microbatch,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+    }
     path.write_text(json.dumps(record | {"devices": int(count)}, indent=1) + "\n", encoding="utf-8")
     return [path]
 
