@@ -162,13 +162,13 @@ def _this_machine() -> Device:
 
 # Fitted to the embedded model at three sizes of picture on two cores (docs/performance.md).
 CPU_SHARES: dict[str, float] = {
-    "efficiency": 0.5,
+    "efficiency": 0.6,
     "bandwidth_efficiency": 1.0,
     "slack": 1.2,
     "cache": 16e6,
     "cache_speedup": 10.0,
-    "backward": 2.0,
-    "latency": 5e-6,
+    "backward": 1.7,
+    "latency": 2e-6,
 }
 
 

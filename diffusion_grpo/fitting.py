@@ -19,6 +19,7 @@ from diffusion_grpo.devices import GIB, Device, device_here
 from diffusion_grpo.mesh import one_device, shards, use
 from diffusion_grpo.models.kernels import planned_for
 from diffusion_grpo.plan import Planner
+from diffusion_grpo.plan_memory import Memory
 from diffusion_grpo.published import Architecture, find_architecture
 
 SHARE = 0.75  # of a device's memory that a choice may fill; the rewards' networks are not foreseen
@@ -117,7 +118,12 @@ def _with_update(
         updates = _costs(planner.update, sizes)
         memory, seconds = planner.memory({}, {}, updates), _seconds(updates, planner)
         found = [
-            Choice(images / size * seconds(size), memory.updating_bytes(size), size, recompute)
+            Choice(
+                seconds(size) * _turns(images, size, memory),
+                memory.updating_bytes(size),
+                size,
+                recompute,
+            )
             for size in sizes
         ]
         choices += found
@@ -143,13 +149,18 @@ def _with_rollout(
     learned = config.grpo.images_at_once // count
     choices = [
         Choice(
-            images / size * (sampling(size) + decoding(size)),
+            (sampling(size) + decoding(size)) * _turns(images, size, memory),
             memory.drawing_bytes(size, learned),
             size,
         )
         for size in sizes
     ]
     return _replaced(config, "rollout", microbatch=_best(choices, limit).size * count)
+
+
+def _turns(images: int, size: int, memory: Memory) -> float:
+    """Return how many microbatches there are, one after another; on a CPU, cores share them."""
+    return images / size / memory.lanes(images // size)
 
 
 def _whole(config: Config) -> Config:

@@ -208,3 +208,13 @@ def test_devices_that_do_not_divide_the_prompts_are_refused_before_anything_is_c
     assert main(["plan", "demo", *WORDS, *OPEN, "--device", "l4", "--devices", "4"]) == 2
     said = capsys.readouterr().err
     assert "rollout.prompts_per_iteration is 2, which 4 devices do not divide" in said
+
+
+def test_on_a_cpu_every_core_has_a_microbatch(monkeypatch):
+    monkeypatch.setattr("diffusion_grpo.plan.cores", lambda: 2)
+    config = load_config("demo", [*WORDS, *OPEN])
+    # All 8 images are a little less work at once, but for one core; 4 and 4 are for two of them.
+    for backend, size in (("cpu", 4), ("gpu", 8)):
+        device = Device(backend, 1e9, 1e9, 1e9, 1e12, 1e9, latency=1e-4)
+        found, _ = fitted(config, _tiny(), device, 1)
+        assert found.grpo.microbatch == size and found.rollout.microbatch <= 4
