@@ -101,7 +101,8 @@ def device_here() -> Device:
 
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return _this_machine()
+        here = _this_machine()  # one memory, however many devices XLA makes of the cores
+        return dataclasses.replace(here, memory=here.memory / jax.local_device_count())
     known = DEVICES[nearest(device.device_kind, device.platform)]
     stats = device.memory_stats() or {}
     return dataclasses.replace(known, memory=float(stats.get("bytes_limit", known.memory)))

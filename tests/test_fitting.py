@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -202,6 +205,30 @@ def test_the_device_here_has_the_memory_that_jax_may_use(monkeypatch):
 def test_a_cpu_is_measured():
     device = device_here()
     assert device.backend == "cpu" and device.memory > 1e9 and np.isfinite(device.flops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_a_divided_run_chooses_for_all_its_devices(fsdp, tmp_path):
+    checkpoint = write_pipeline(tmp_path / "pipeline", **TWO_LEVELS)
+    words = tiny_run.flags(
+        checkpoint,
+        tmp_path,
+        rollout__prompts_per_iteration=4,
+        rollout__microbatch=None,
+        grpo__microbatch=None,
+        model__gradient_checkpointing=None,
+        mesh__fsdp=fsdp,
+    )
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    subprocess.run(
+        [sys.executable, "-m", "diffusion_grpo", "train", *words],
+        check=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    sizes = written["rollout"]["microbatch"], written["grpo"]["microbatch"]
+    assert all(size % 4 == 0 and 16 % size == 0 for size in sizes)
 
 
 def test_devices_that_do_not_divide_the_prompts_are_refused_before_anything_is_chosen(capsys):
