@@ -55,7 +55,7 @@ class Section:
             UsageError: it is open still.
         """
         value = getattr(self, field)
-        self.require(value is not None, field, "a number, as `fitting.fitted` chooses it")
+        self.require(value is not None, field, "a value, which `fitting.fitted` chooses")
         return value
 
     @classmethod

@@ -181,26 +181,30 @@ class Planner:
 
     def update(self, size: int) -> Cost:
         """Return the cost of the gradient of one step of a microbatch."""
-        arguments = update_arguments(
-            self.learner, self.policy, self.noise(size), self.conditioning(size)
-        )
-        return program_cost(self.learner.loss.accumulate, *arguments)
+        function, arguments = self.update_program(size)
+        return program_cost(function, *arguments)
 
     def sample(self, size: int) -> Cost:
         """Return the cost of drawing a microbatch."""
+        function, arguments = self.sample_program(size)
+        return program_cost(function, *arguments)
+
+    def update_program(self, size: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return the gradient of one step of a microbatch, and its arguments by shape."""
+        arguments = update_arguments(
+            self.learner, self.policy, self.noise(size), self.conditioning(size)
+        )
+        return self.learner.loss.accumulate, arguments
+
+    def sample_program(self, size: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return what draws a microbatch, and its arguments by shape."""
         rollout = dataclasses.replace(self.config.rollout, microbatch=size)
         config = dataclasses.replace(self.config, rollout=rollout)
         draw = (make_final_rollout if self.nft else make_rollout)(config, self.learner.policy)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-        return program_cost(
-            draw,
-            self.policy.trained,
-            self.policy.frozen,
-            self.learner.schedule(0),
-            self.noise(size),
-            keys,
-            self.conditioning(size),
-        )
+        schedule, conditioning = self.learner.schedule(0), self.conditioning(size)
+        parameters = self.policy.trained, self.policy.frozen
+        return draw, (*parameters, schedule, self.noise(size), keys, conditioning)
 
     def decode(self, size: int) -> Cost:
         """Return the cost of decoding a microbatch."""

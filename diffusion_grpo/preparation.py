@@ -291,7 +291,7 @@ def load_model(config: Config, source: Path) -> StableDiffusion:
         unet_param_dtype=jnp.float32 if full else dtype,
         variant=config.model.variant,
     )
-    model.unet.gradient_checkpointing = bool(config.model.gradient_checkpointing)
+    model.unet.gradient_checkpointing = config.model.chosen("gradient_checkpointing")
     return model
 
 

@@ -150,7 +150,7 @@ def test_a_run_chooses_tells_and_writes_down_what_it_chose(tmp_path, capsys):
 
 def test_an_open_choice_has_to_be_made_before_anything_is_compiled():
     config = load_config("demo", [*WORDS, "--grpo.microbatch", "None"])
-    with pytest.raises(UsageError, match=r"grpo\.microbatch is None; expected a number"):
+    with pytest.raises(UsageError, match=r"grpo\.microbatch is None; expected a value"):
         make_plan(config, _tiny(), _device(1e12), 1)
 
 

@@ -84,8 +84,8 @@ def test_a_sum_of_two_arrays_that_three_kernels_read_is_stored_anywhere():
         return cost.bytes / KIB - 2 * 2 - count * (1 + 3 + 1)
 
     # As 2 readers read 4 arrays, and 5 would be moved if it were stored; as 4 do, 8 and 7.
-    assert stored(2) == pytest.approx(2 * 2, abs=0.1)
-    assert stored(4) == pytest.approx(2 + 1 + 4, abs=0.1)
+    assert stored(2) == pytest.approx(2 * 2, abs=0.05)
+    assert stored(4) == pytest.approx(2 + 1 + 4, abs=0.05)
 
 
 @pytest.mark.parametrize(("backend", "copies"), [("cpu", 0), ("gpu", 1)])
