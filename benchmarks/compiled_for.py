@@ -255,7 +255,7 @@ def main() -> None:
     def on_device(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
 
-    # The update is a compiled program, which gives its gradient's memory away; the sampler calls one.
+    # The update is such a program, which gives its gradient's memory away; the sampler calls one.
     compilable: Any = function if hasattr(function, "lower") else jax.jit(function)
     lowered = compilable.lower(*jax.tree.map(on_device, arguments))
     compiled = lowered.compile(compiler_options=compiler_options)
