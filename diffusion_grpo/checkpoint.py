@@ -8,9 +8,14 @@ truncated.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import logging
 import re
 import shutil
+import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -286,10 +291,9 @@ class Checkpoints:
 
     def _read(self, step: int, template: Any) -> tuple[Any, str]:
         """Return what checkpoint `step` holds, or None and why it cannot be read."""
-        try:
-            found = self._checkpointer.load(step, template)
-        except _UNREADABLE as error:
-            return None, short(error)
+        found, reason = _loaded(lambda: self._checkpointer.load(step, template))
+        if found is None:
+            return None, reason
         for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(template), strict=True):
             if got.shape != wanted.shape:
                 return None, f"an array of shape {got.shape}, expected {wanted.shape}"
@@ -337,6 +341,35 @@ def closed(checkpoints: Checkpoints) -> Iterator[None]:
             checkpoints.close()
         raise
     checkpoints.close()
+
+
+def _loaded(load: Callable[[], Any]) -> tuple[Any, str]:
+    """Return what Orbax loads, or None and why it cannot, with nothing more on stderr.
+
+    Where one array cannot be read, Orbax closes the event loop and forgets the reads of the others.
+    Each would tell at length, whenever it is collected, that it was never awaited, could not be
+    read either, or found the loop closed, as if what runs then had made it.
+    """
+    told, log = list[Any](), logging.getLogger("asyncio")
+    hook, sys.unraisablehook = sys.unraisablehook, told.append
+    quiet, log.disabled = log.disabled, True
+    found, reason = None, ""
+    try:
+        try:
+            found = load()
+        except _UNREADABLE as error:  # its frames, forgotten below, hold the reads
+            reason = short(error)
+        if found is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                time.sleep(0.1)  # TensorStore's threads end what they have begun
+                gc.collect()
+            told.clear()
+    finally:
+        sys.unraisablehook, log.disabled = hook, quiet
+    for other in told:
+        hook(other)
+    return found, reason
 
 
 def template_of(tree: Any) -> Any:
