@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,12 @@ MEASURED = 32
 GRID_SIDE, GRID_AROUND = 4096, 48
 # A metric of iterations that were evaluated.
 EVALUATED = "eval/reward/mean"
+
+
+def starting(text: str, *, quiet: bool) -> None:
+    """Say on stderr what a run does while it has no records yet."""
+    if not quiet and processes.leads():
+        print(text, file=sys.stderr, flush=True)
 
 
 class RunOutput:

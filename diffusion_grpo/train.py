@@ -27,7 +27,7 @@ from diffusion_grpo.divided_scoring import load_rewards, start_scoring
 from diffusion_grpo.errors import RunError
 from diffusion_grpo.evaluate import Evaluation, Evaluator
 from diffusion_grpo.faults import explained, nonfinite_message, phase
-from diffusion_grpo.fitting import fitted_here
+from diffusion_grpo.fitting import fitted_here, is_open
 from diffusion_grpo.interrupt import StopRequest
 from diffusion_grpo.learner import Learner, LearnerState, image_advantages, kl_penalty
 from diffusion_grpo.learning import make_learner
@@ -69,8 +69,9 @@ from diffusion_grpo.prompts import (
     upcoming_prompts,
 )
 from diffusion_grpo.results import export, group_metrics, update_metrics
+from diffusion_grpo.reward_files import describe_reward_files, edited_rewards
 from diffusion_grpo.rollout import image_keys, initial_noise
-from diffusion_grpo.run_output import RunOutput
+from diffusion_grpo.run_output import RunOutput, starting
 from diffusion_grpo.text_encoding import pipeline_parts
 from diffusion_grpo.trackers import check_trackers
 
@@ -103,8 +104,8 @@ def train(
 
     Returns:
         The evaluations before and after. The run directory holds `config.yaml`, `prompts.json`,
-        `metrics.jsonl`, `events.jsonl`, `samples/`, `checkpoints/`, `evaluation.json` and `final/`,
-        the exported pipeline.
+        `rewards.json`, `metrics.jsonl`, `events.jsonl`, `samples/`, `checkpoints/`,
+        `evaluation.json` and `final/`, the exported pipeline.
 
     Raises:
         UsageError: something asked for cannot be done; found before any work where it can be.
@@ -137,15 +138,21 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
             config.model.pretrained, revision=config.model.revision, variant=config.model.variant
         )
         check_layout(source)
-    config, fitted_notes = fitted_here(at_commit(config, source), source)
-    check_alike(config, lists)
+    config = at_commit(config, source)
     settings = config.reward_settings()
+    starting("loading the rewards", quiet=quiet)
     gold_specs = config.gold_rewards()
     with named_by(origin):
         rewards = load_rewards(config.training_rewards(), **settings)
         gold = load_rewards(gold_specs, **settings) if gold_specs else None
     check_prompts(config, prompts, heldout, rewards, gold)
     check_trackers(config)
+    reward_files = describe_reward_files(config)
+    if is_open(config):
+        starting("predicting what fits the memory", quiet=quiet)
+    config, notes = fitted_here(config, source)
+    check_alike(config, lists)
+    starting(f"loading {config.model.pretrained}", quiet=quiet)
     with phase("loading the model"):
         model = load_model(config, source)
         for network in (model.text_encoder, model.text_encoder_2, model.vae):
@@ -161,8 +168,12 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     at_once = prompts_at_once(model)
 
     # The directory, and what a run before left there.
-    notes = [*fitted_notes, *learner.notes]
-    lock = open_directory(config, directory, notes, lists=lists, resume=resume)
+    notes = [*notes, *learner.notes]
+    edited = edited_rewards(directory, reward_files) if resume and leads() else []
+    lock = open_directory(
+        config, directory, notes, lists=lists, reward_files=reward_files, resume=resume
+    )
+    notes += edited
     checkpoints = Checkpoints(
         directory / "checkpoints", keep=config.run.keep_checkpoints, writes=leads()
     )

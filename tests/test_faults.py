@@ -28,6 +28,7 @@ from diffusion_grpo.learning import GRPOLearner
 from diffusion_grpo.optim import TrainState, make_update
 from diffusion_grpo.preparation import check_lists, describe_lists, make_directory
 from diffusion_grpo.prompts import load_prompts
+from diffusion_grpo.reward_files import describe_reward_files, edited_rewards
 from diffusion_grpo.run_lock import RunLock
 from diffusion_grpo.train import train
 
@@ -121,6 +122,34 @@ def test_a_run_whose_prompts_were_edited_is_not_gone_on_with(field, text, told, 
     (run / "prompts.json").write_text('{"train"')
     assert main(["train", "--resume", str(run)]) == 2
     assert "does not say which prompts the run began with" in capsys.readouterr().err
+
+
+def test_of_a_reward_that_was_edited_a_run_that_goes_on_says_so(tmp_path):
+    bright, gold, run = tmp_path / "bright.py", tmp_path / "gold.py", tmp_path / "run"
+    for file in (bright, gold):
+        file.write_text("def judge(images, prompts, metadata): return images.mean((1, 2, 3))\n")
+    settings = config(
+        tmp_path / "pipeline",
+        tmp_path,
+        reward__rewards=f"{bright}:judge=2 contrast",
+        eval__gold=gold,
+    )
+    files = describe_reward_files(settings)
+    assert list(files) == ["judge", "gold"]  # a built-in one is the package's
+    with make_directory(settings, run, reward_files=files):
+        pass
+    assert edited_rewards(run, files) == []
+    bright.write_text(bright.read_text().replace("mean", "std"))
+    (note,) = edited_rewards(run, describe_reward_files(settings))
+    assert note.startswith("the file of reward 'judge' was edited since the run began")
+    with make_directory(settings, run, reward_files=describe_reward_files(settings), resume=True):
+        pass
+    assert edited_rewards(run, describe_reward_files(settings)) == []  # it is told once
+    (run / "rewards.json").write_text('{"judge"')
+    (note,) = edited_rewards(run, files)
+    assert "rewards.json is damaged" in note
+    (run / "rewards.json").unlink()
+    assert edited_rewards(run, files) == []
 
 
 def test_of_a_run_that_was_moved_it_is_told_where_to_name_what_is_elsewhere_now(tmp_path, capsys):

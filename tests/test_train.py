@@ -330,7 +330,8 @@ def test_iterations_outlive_a_reward_that_fails(flags, tmp_path, capsys):
     # Mended, the evaluation is done anew (call 2), and it goes on; call 5 is the third iteration's.
     reward.write_text(FAILING.format(fails_at=5))
     assert main(["train", "--resume", str(directory)]) == 1
-    assert "iterations kept: 2" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "iterations kept: 2" in message and "reward 'brightness' was edited" in message
     rows = read_metrics(directory)
     assert [row["iteration"] for row in rows] == [0, 1]
     assert ["eval/reward/mean" in row for row in rows] == [True, True]

@@ -121,8 +121,6 @@ def state(step):
     return {"a": jnp.full((40, 50), step, jnp.float32), "n": jnp.int32(step)}
 
 
-# Orbax leaves coroutines that it never awaited where an array cannot be read.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @settings(max_examples=12, **MANY)
 @given(data=st.data())
 def test_any_damage_of_checkpoints_is_survived_or_told(data, saved, tmp_path_factory):
