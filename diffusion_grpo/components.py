@@ -16,7 +16,15 @@ import numpy as np
 from flax import nnx
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.hub import WEIGHTS, Layout, hub_patterns, split_revision, weight_patterns
+from diffusion_grpo.hub import (
+    WEIGHTS,
+    Layout,
+    hub_patterns,
+    keep_commit,
+    kept_commit,
+    split_revision,
+    weight_patterns,
+)
 from diffusion_grpo.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from diffusion_grpo.resources import resolve_checkpoint
 from diffusion_grpo.tensor_files import (
@@ -87,12 +95,17 @@ def local_directory(
         return place
     if layout in ("transformers", "processor") and revision is None:
         place, revision = split_revision(place)
+    on_main = revision is None
+    if on_main:
+        revision = kept_commit(place)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = hub_patterns(layout, variant)
     try:
         directory = Path(snapshot_download(place, revision=revision, allow_patterns=patterns))
+        if on_main:
+            keep_commit(place, directory)
         # Named by its commit: what is fetched then is of the same one.
         if layout == "diffusers" and (parts := _without_variant(directory, variant, place)):
             plain = weight_patterns(parts)

@@ -1,8 +1,12 @@
-"""Which files of a hub repository are downloaded."""
+"""Which files of a hub repository are downloaded, and of which commit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Literal
 
 from diffusion_grpo.sampling import FILE as SAMPLING_FILE
@@ -16,6 +20,45 @@ WEIGHTS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
+
+_COMMITS: ContextVar[dict[str, str] | None] = ContextVar("_COMMITS", default=None)
+
+
+@contextlib.contextmanager
+def commits_kept(known: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Read hub repositories that are named without a revision at the commits of another time.
+
+    Args:
+        known: repository → commit; of others, the main branch's is read.
+
+    Yields:
+        `known`, and what is read within of others.
+    """
+    commits = dict(known)
+    token = _COMMITS.set(commits)
+    try:
+        yield commits
+    finally:
+        _COMMITS.reset(token)
+
+
+def kept_commit(repository: str) -> str | None:
+    """Return the commit of `commits_kept` that a repository is to be read at; None for its main."""
+    commits = _COMMITS.get()
+    return None if commits is None else commits.get(repository)
+
+
+def keep_commit(repository: str, path: Path) -> None:
+    """Note which commit of a repository's main branch was read, within `commits_kept`.
+
+    Args:
+        repository: `owner/name`.
+        path: in the hub's cache, which names folders by the commit.
+    """
+    commits = _COMMITS.get()
+    found = re.search("/snapshots/([0-9a-f]{40})(/|$)", path.as_posix())
+    if commits is not None and found:
+        commits.setdefault(repository, found[1])
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

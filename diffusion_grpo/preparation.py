@@ -22,7 +22,7 @@ from diffusion_grpo.pipeline import LoRAOptions
 from diffusion_grpo.pretrained import DTYPES, StableDiffusion
 from diffusion_grpo.prompts import Prompt, fingerprint
 from diffusion_grpo.reward import RewardSet
-from diffusion_grpo.reward_files import record_reward_files
+from diffusion_grpo.reward_record import RewardRecord, write_record
 from diffusion_grpo.run_lock import LOCK_FILE, RunLock
 from diffusion_grpo.text_encoding import ENCODERS
 
@@ -179,7 +179,7 @@ def make_directory(
     notes: Sequence[str] = (),
     *,
     lists: Mapping[str, ListRecord] | None = None,
-    reward_files: Mapping[str, str] | None = None,
+    rewards: RewardRecord | None = None,
     resume: bool = False,
 ) -> RunLock:
     """Make the run directory with its `config.yaml`, if it is not there.
@@ -189,7 +189,7 @@ def make_directory(
         directory: of the run.
         notes: what follows from the configuration, written above it as comments.
         lists: which prompts it has, written down unless that was done before.
-        reward_files: of `describe_reward_files`, written down.
+        rewards: what its rewards are made of, written down.
         resume: whether there should be a run; it may be made longer.
 
     Returns:
@@ -212,8 +212,8 @@ def make_directory(
                 (directory / "evaluation.json").unlink(missing_ok=True)
             if lists is not None and not (directory / PROMPTS_FILE).is_file():
                 write_whole(directory / PROMPTS_FILE, json.dumps(lists, indent=2) + "\n")
-            if reward_files is not None:
-                record_reward_files(directory, reward_files)
+            if rewards is not None:
+                write_record(directory, rewards)
             (directory / "samples").mkdir(exist_ok=True)
             stack.pop_all()  # the caller holds it now
         return lock
@@ -250,7 +250,7 @@ def open_directory(
     notes: Sequence[str],
     *,
     lists: Mapping[str, ListRecord],
-    reward_files: Mapping[str, str],
+    rewards: RewardRecord,
     resume: bool,
 ) -> AbstractContextManager[Any]:
     """Make the run directory (`make_directory`) in the process that writes, for all to use.
@@ -260,9 +260,7 @@ def open_directory(
     """
     lock: AbstractContextManager[Any] = contextlib.nullcontext()
     if processes.leads():
-        lock = make_directory(
-            config, directory, notes, lists=lists, reward_files=reward_files, resume=resume
-        )
+        lock = make_directory(config, directory, notes, lists=lists, rewards=rewards, resume=resume)
     processes.wait_for_all("the run directory")
     if not (directory / "config.yaml").is_file():
         raise UsageError(

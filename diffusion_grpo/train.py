@@ -28,6 +28,7 @@ from diffusion_grpo.errors import RunError
 from diffusion_grpo.evaluate import Evaluation, Evaluator
 from diffusion_grpo.faults import explained, nonfinite_message, phase
 from diffusion_grpo.fitting import fitted_here, is_open
+from diffusion_grpo.hub import commits_kept
 from diffusion_grpo.interrupt import StopRequest
 from diffusion_grpo.learner import Learner, LearnerState, image_advantages, kl_penalty
 from diffusion_grpo.learning import make_learner
@@ -69,7 +70,12 @@ from diffusion_grpo.prompts import (
     upcoming_prompts,
 )
 from diffusion_grpo.results import export, group_metrics, update_metrics
-from diffusion_grpo.reward_files import describe_reward_files, edited_rewards
+from diffusion_grpo.reward_record import (
+    RewardRecord,
+    describe_rewards,
+    edited_rewards,
+    read_record,
+)
 from diffusion_grpo.rollout import image_keys, initial_noise
 from diffusion_grpo.run_output import RunOutput, starting
 from diffusion_grpo.text_encoding import pipeline_parts
@@ -142,12 +148,13 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     settings = config.reward_settings()
     starting("loading the rewards", quiet=quiet)
     gold_specs = config.gold_rewards()
-    with named_by(origin):
+    before = read_record(directory) if resume else RewardRecord({}, {})
+    with named_by(origin), commits_kept(before.commits) as commits:
         rewards = load_rewards(config.training_rewards(), **settings)
         gold = load_rewards(gold_specs, **settings) if gold_specs else None
     check_prompts(config, prompts, heldout, rewards, gold)
     check_trackers(config)
-    reward_files = describe_reward_files(config)
+    record = describe_rewards(config, commits)
     if is_open(config):
         starting("predicting what fits the memory", quiet=quiet)
     config, notes = fitted_here(config, source)
@@ -169,11 +176,8 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
 
     # The directory, and what a run before left there.
     notes = [*notes, *learner.notes]
-    edited = edited_rewards(directory, reward_files) if resume and leads() else []
-    lock = open_directory(
-        config, directory, notes, lists=lists, reward_files=reward_files, resume=resume
-    )
-    notes += edited
+    lock = open_directory(config, directory, notes, lists=lists, rewards=record, resume=resume)
+    notes += edited_rewards(before, record)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep=config.run.keep_checkpoints, writes=leads()
     )

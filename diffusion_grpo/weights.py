@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_grpo.errors import UsageError
-from diffusion_grpo.hub import split_revision
+from diffusion_grpo.hub import keep_commit, kept_commit, split_revision
 from diffusion_grpo.torch_file import read_torch_file, tensors_of
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -46,13 +46,16 @@ def weights_file(name: str) -> Path:
 
     try:
         place, revision = split_revision(f"{owner}/{repository}")
-        return Path(hf_hub_download(place, file, revision=revision))
+        found = Path(hf_hub_download(place, file, revision=revision or kept_commit(place)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise UsageError(
             f"weights {name!r}: not a file here, and the hub did not give it "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name and the "
             "network, or download it first and give its path"
         ) from None
+    if revision is None:
+        keep_commit(place, found)
+    return found
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:

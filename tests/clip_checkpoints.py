@@ -79,8 +79,8 @@ def write_letters(folder: Path, size: int = 32) -> Path:
     return folder
 
 
-def write_clip(folder: Path) -> Path:
+def write_clip(folder: Path, seed: int = 0) -> Path:
     """Write a whole checkpoint as Transformers does."""
     write_letters(folder)
-    randomized(transformers.CLIPModel(clip_config())).save_pretrained(folder)
+    randomized(transformers.CLIPModel(clip_config()), seed).save_pretrained(folder)
     return folder

@@ -22,13 +22,13 @@ from torch_checkpoints import TWO_LEVELS, write_pipeline
 import diffusion_grpo.train as train_module
 from diffusion_grpo.checkpoint import Checkpoints
 from diffusion_grpo.cli import main
-from diffusion_grpo.errors import RunError
+from diffusion_grpo.errors import RunError, UsageError
 from diffusion_grpo.faults import phase
 from diffusion_grpo.learning import GRPOLearner
 from diffusion_grpo.optim import TrainState, make_update
 from diffusion_grpo.preparation import check_lists, describe_lists, make_directory
 from diffusion_grpo.prompts import load_prompts
-from diffusion_grpo.reward_files import describe_reward_files, edited_rewards
+from diffusion_grpo.reward_record import describe_rewards, edited_rewards, read_record
 from diffusion_grpo.run_lock import RunLock
 from diffusion_grpo.train import train
 
@@ -134,22 +134,24 @@ def test_of_a_reward_that_was_edited_a_run_that_goes_on_says_so(tmp_path):
         reward__rewards=f"{bright}:judge=2 contrast",
         eval__gold=gold,
     )
-    files = describe_reward_files(settings)
-    assert list(files) == ["judge", "gold"]  # a built-in one is the package's
-    with make_directory(settings, run, reward_files=files):
+    begun = describe_rewards(settings, {"owner/name": "a" * 40})
+    assert list(begun.files) == ["judge", "gold"]  # a built-in one is the package's
+    with make_directory(settings, run, rewards=begun):
         pass
-    assert edited_rewards(run, files) == []
+    assert read_record(run) == begun and edited_rewards(begun, begun) == []
     bright.write_text(bright.read_text().replace("mean", "std"))
-    (note,) = edited_rewards(run, describe_reward_files(settings))
+    edited = describe_rewards(settings, begun.commits)
+    (note,) = edited_rewards(begun, edited)
     assert note.startswith("the file of reward 'judge' was edited since the run began")
-    with make_directory(settings, run, reward_files=describe_reward_files(settings), resume=True):
+    with make_directory(settings, run, rewards=edited, resume=True):
         pass
-    assert edited_rewards(run, describe_reward_files(settings)) == []  # it is told once
-    (run / "rewards.json").write_text('{"judge"')
-    (note,) = edited_rewards(run, files)
-    assert "rewards.json is damaged" in note
+    assert read_record(run) == edited  # it is told once
+    for damaged in ('{"files"', "[]", '{"files": {}}', '{"files": {}, "commits": 3}'):
+        (run / "rewards.json").write_text(damaged)
+        with pytest.raises(UsageError, match="does not say what the run's rewards are made of"):
+            read_record(run)
     (run / "rewards.json").unlink()
-    assert edited_rewards(run, files) == []
+    assert edited_rewards(read_record(run), edited) == []
 
 
 def test_of_a_run_that_was_moved_it_is_told_where_to_name_what_is_elsewhere_now(tmp_path, capsys):
