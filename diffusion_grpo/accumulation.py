@@ -15,6 +15,7 @@ from diffusion_grpo.interrupt import do_nothing
 from diffusion_grpo.lanes import Lanes
 from diffusion_grpo.lanes import lanes as lane_count
 from diffusion_grpo.mesh import AXES, by_rows, replicated, split_rows
+from diffusion_grpo.models.kernels import of_one_shard
 from diffusion_grpo.trajectories import UpdateBatch
 
 # The metrics that are no sums, and how they are reduced.
@@ -119,9 +120,13 @@ def of_shards(
     Left to itself, every step of every microbatch would sum the gradient over the devices.
     """
     axes = mb.axes()
-    new, (metrics, change) = jax.vmap(
+    of_each = jax.vmap(
         jax.grad(step_loss, has_aux=True), in_axes=(None, axes, 0), spmd_axis_name=AXES
-    )(params, split_rows(mb, axes), split_rows(pulls, jax.tree.map(lambda _: 0, pulls)))
+    )
+    with of_one_shard():
+        new, (metrics, change) = of_each(
+            params, split_rows(mb, axes), split_rows(pulls, jax.tree.map(lambda _: 0, pulls))
+        )
     metrics = {name: EXTREMES.get(name, jnp.sum)(each) for name, each in metrics.items()}
     gradient = by_rows(jax.tree.map(jnp.add, gradient, new))
     return gradient, replicated(metrics), by_rows(change.reshape(-1))

@@ -89,7 +89,7 @@ def fitted(
     if not is_open(config):
         return config, []
     limit = SHARE * device.memory
-    with planned_for(device.backend, count):
+    with planned_for(device.backend):
         config = _with_update(config, model, device, count, limit)
         config = _with_rollout(config, model, device, count, limit)
     drawn, learned = config.rollout.microbatch, config.grpo.microbatch

@@ -85,7 +85,7 @@ def make_plan(config: Config, model: Architecture, device: Device, count: int) -
             microbatches or the prompts.
     """
     check_devices(config, count)
-    with planned_for(device.backend, count):
+    with planned_for(device.backend):
         return Planner(config, model, device, count).plan()
 
 

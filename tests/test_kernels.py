@@ -1,5 +1,11 @@
 """The choice of an attention implementation, and that ours computes attention."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,10 +71,24 @@ def test_attention_is_that_of_the_formula(implementation, dtype, tolerance, monk
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance, rtol=0)
 
 
-def test_a_batch_on_several_tpus_is_left_to_xla():
+def test_rows_that_tpus_do_not_divide_are_left_to_xla():
     shape = {"queries": 4096, "keys": 4096, "head_dim": 64}
-    assert attention_implementation("tpu", BF16, **shape, devices=2) == "xla"
-    assert attention_implementation("gpu", BF16, **shape, devices=2) == "cudnn"
+    assert attention_implementation("tpu", BF16, **shape, divides=False) == "xla"
+    assert attention_implementation("gpu", BF16, **shape, divides=False) == "cudnn"
+
+
+def test_each_of_several_tpus_attends_from_its_own_rows():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    said = subprocess.check_output(
+        [sys.executable, "tests/mesh_attention.py"],
+        env=os.environ | {"XLA_FLAGS": flags, VARIABLE: "flash"},
+        cwd=Path(__file__).parents[1],
+        text=True,
+    )
+    found = json.loads(said.splitlines()[-1])
+    assert min(found["kernels"]) >= 1 and found["collectives"] == []
+    of_drawing, of_gradient = found["errors"]
+    assert of_drawing < 2e-6 and of_gradient < 2e-3  # gradients are of about 1000
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(256, 384), (128, 512)])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from diffusion_grpo.errors import UsageError
@@ -22,37 +24,45 @@ _BLOCKS = (512, 256, 128)  # queries, or keys, that the TPU kernel holds at a ti
 
 # One of JAX's own contexts: a program that was traced in it is not taken for one that runs.
 _PLANNED = jax.make_user_context(None)
+_ONE_SHARD = jax.make_user_context(False)
 
 
 @contextlib.contextmanager
-def planned_for(backend: str, devices: int = 1) -> Iterator[None]:
+def planned_for(backend: str) -> Iterator[None]:
     """Have what is traced inside use the implementations of a backend that is not here.
 
     It can be traced, and its cost found, but not run there: what a fused kernel would do is stood
-    in for by a program named `fused_attention`.
+    in for by a program named `fused_attention`. Of several devices it is one's share of the work.
 
     Args:
         backend: JAX's name of it.
-        devices: over how many a batch is divided.
     """
-    with _PLANNED((backend, devices)):
+    with _PLANNED(backend):
         yield
+
+
+def of_one_shard() -> AbstractContextManager[Any]:
+    """Have what is traced inside take its rows for those of one device of the mesh.
+
+    It is what `jax.vmap` maps over shards, with the mesh's axes as its `spmd_axis_name`.
+    """
+    return _ONE_SHARD(True)
 
 
 def backend() -> str:
     """Return JAX's name of the device that is traced for: cpu, gpu, tpu."""
-    return _PLANNED.value[0] if _PLANNED.value else jax.default_backend()
+    return _PLANNED.value or jax.default_backend()
 
 
 def devices() -> int:
-    """Return over how many devices a batch is divided."""
-    if _PLANNED.value:
-        return _PLANNED.value[1]
+    """Return over how many devices a batch that is traced is divided."""
+    if _ONE_SHARD.value or _PLANNED.value:
+        return 1
     return max(jax.sharding.get_abstract_mesh().size, 1)  # 0 of none
 
 
 def attention_implementation(
-    backend: str, dtype: Any, *, queries: int, keys: int, head_dim: int, devices: int = 1
+    backend: str, dtype: Any, *, queries: int, keys: int, head_dim: int, divides: bool = True
 ) -> Implementation:
     """Choose an implementation of attention; the numbers they compute are the same.
 
@@ -60,7 +70,7 @@ def attention_implementation(
     alone, and heads whose width is a multiple of 8, at most 128 on every card (256 on some). It
     pays where there are many scores: among the 4096 and 1024 pixels of Stable Diffusion's upper
     levels. `flash` is JAX's Pallas kernel of the same kind for TPUs, which takes whole blocks of
-    tokens; over several devices XLA would bring all images to each of them, so it is for one.
+    tokens; XLA cannot divide it over devices, so that each has to have as many rows.
     `heads_first` brings heads before tokens by itself, where XLA's CPU backend would run the
     batched products on strided memory, at up to twice the time; below 64 queries the transposes
     cost more than that. `xla` is JAX's plain one, for all else.
@@ -71,7 +81,7 @@ def attention_implementation(
         queries: their number.
         keys: theirs.
         head_dim: width of a head.
-        devices: that a batch is divided over.
+        divides: whether the devices have equally many rows.
 
     Raises:
         UsageError: the environment's `DIFFUSION_GRPO_ATTENTION` names none of the four.
@@ -90,7 +100,7 @@ def attention_implementation(
         return "cudnn"
     whole = queries % _BLOCKS[-1] == keys % _BLOCKS[-1] == 0
     pays = whole and head_dim <= 256 and min(queries, keys) >= 512
-    if backend == "tpu" and half and devices == 1 and pays:
+    if backend == "tpu" and half and divides and pays:
         return "flash"
     return "xla"
 
@@ -107,14 +117,14 @@ def attend(
         queries=query.shape[1],
         keys=key.shape[1],
         head_dim=query.shape[-1],
-        devices=devices(),
+        divides=query.shape[0] % devices() == 0,
     )
     if implementation == "heads_first":
         return _heads_first(query, key, value)
     if implementation in ("cudnn", "flash") and _PLANNED.value:
         return _stand_in(query, key, value)
     if implementation == "flash":
-        return _flash(query, key, value)
+        return _divided(_flash, query, key, value)
     # Inside, JAX promotes bfloat16 to float32 implicitly, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
@@ -128,6 +138,24 @@ def _heads_first(query: Array, key: Array, value: Array) -> Array:
     weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
     return out.swapaxes(1, 2)
+
+
+def _divided(
+    kernel: Callable[[Array, Array, Array], Array], query: Array, key: Array, value: Array
+) -> Array:
+    """Run a kernel on each device's own rows, which XLA would bring together for it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return kernel(query, key, value)
+    if query.shape[0] % devices():
+        raise UsageError(
+            f"{VARIABLE} is 'flash', which {mesh.size} devices cannot divide {query.shape[0]} rows "
+            "for; expected it to be unset"
+        )
+    # Within `of_one_shard`, vmap adds the mesh's axes.
+    rows = PartitionSpec() if _ONE_SHARD.value else PartitionSpec(mesh.axis_names)
+    divided = jax.shard_map(kernel, in_specs=(rows,) * 3, out_specs=rows, check_vma=False)
+    return divided(query, key, value)
 
 
 def _flash(query: Array, key: Array, value: Array) -> Array:
