@@ -3,7 +3,7 @@
     pip install "jax[cuda12]"                            # or jax[tpu]; the device is not needed
     python benchmarks/compiled_for.py h200 update        # Stable Diffusion 1.5, the preset sd15
     python benchmarks/compiled_for.py h200 sample --rollout.microbatch 4 --hlo sample.hlo
-    python benchmarks/compiled_for.py tpu-v5e update
+    python benchmarks/compiled_for.py tpu-v5e update --devices 4
 
 XLA compiles for a description of the device. Temporary memory is exact, and so is which kernels
 there are; which algorithm a product takes is not, for that is measured on the device. So times are
@@ -18,8 +18,9 @@ import math
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 # Of NVIDIA's compute capability 9.0: multiprocessors, bytes a second, bytes, clock in GHz.
@@ -181,8 +182,39 @@ def table(found: list[Kernel], device: Any) -> str:
     return "\n".join(lines)
 
 
-def describe(name: str) -> dict[str, Any]:
-    """Return what JAX makes the topology of a device from."""
+def collectives(hlo: str) -> str:
+    """Return how often each kind of communication stands in a program, for a line of text."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    found = Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo))
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(found.items())) or "none"
+
+
+def laid_out(arguments: tuple[Any, ...], size: int, parameters: int, mesh: Any) -> tuple[Any, ...]:
+    """Lay a program's arguments out over devices: images divided, parameters on each of them.
+
+    Args:
+        arguments: arrays and shapes.
+        size: images; an axis of this length is theirs.
+        parameters: how many of the arguments are parameters.
+        mesh: of the devices.
+    """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    def there(x: Any, *, divided: bool) -> Any:
+        axis = x.shape.index(size) if divided and size in x.shape else None
+        places = () if axis is None else (*[None] * axis, mesh.axis_names)
+        sharding = NamedSharding(mesh, PartitionSpec(*places))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return tuple(
+        jax.tree.map(partial(there, divided=i >= parameters), argument)
+        for i, argument in enumerate(arguments)
+    )
+
+
+def describe(name: str, count: int = 1) -> dict[str, Any]:
+    """Return what JAX makes the topology of some devices from; of TPUs there are four."""
     if name in _TOPOLOGIES:
         return {"platform": "tpu", "topology_name": _TOPOLOGIES[name]}
     cores, bandwidth, memory, clock = _HOPPER[name]
@@ -198,7 +230,7 @@ gpu_device_info {{
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
 """
-    given = {"topology": "1x1x1", "target_config": text}
+    given = {"topology": f"1x1x{count}", "target_config": text}
     return {"platform": "cuda", "topology_name": name} | given
 
 
@@ -210,6 +242,7 @@ def main() -> None:
     parser.add_argument("device", choices=[*_HOPPER, *_TOPOLOGIES])
     parser.add_argument("program", choices=["sample", "update"])
     parser.add_argument("--preset", default="sd15")
+    parser.add_argument("--devices", type=int, default=1, help="over which images are divided")
     parser.add_argument("--hlo", help="write the compiled program's text to this file")
     options, words = parser.parse_known_args()
     os.environ["JAX_PLATFORMS"] = "cpu"  # of this machine
@@ -224,6 +257,7 @@ def main() -> None:
     from diffusion_grpo.config import load_config
     from diffusion_grpo.devices import DEVICES
     from diffusion_grpo.fitting import fitted
+    from diffusion_grpo.mesh import AXES, use
     from diffusion_grpo.models import kernels as attention
     from diffusion_grpo.plan import Planner
     from diffusion_grpo.published import find_architecture
@@ -231,12 +265,16 @@ def main() -> None:
     device = DEVICES[options.device]
     config = load_config(options.preset, words)
     model = find_architecture(config.model.pretrained, revision=config.model.revision)
-    config, notes = fitted(config, model, device, 1)
+    count = options.devices
+    config, notes = fitted(config, model, device, count)
     print(*notes, sep="\n")
 
-    topology = topologies.get_topology_desc(**describe(options.device))
-    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-    there = NamedSharding(mesh, PartitionSpec())
+    topology = topologies.get_topology_desc(**describe(options.device, count))
+    mesh = Mesh(
+        np.array(topology.devices[:count]).reshape(count, 1),
+        AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+    )
     compiler_options: dict[str, Any] = {}
     if device.backend == "gpu":
         from jax._src.cudnn import fused_attention_stablehlo as fused
@@ -247,28 +285,36 @@ def main() -> None:
         # Triton's sizes of tiles are measured, cuBLAS is there anyway.
         compiler_options = {"xla_gpu_enable_triton_gemm": False} | program_cache.GPU_OPTIONS
     attention.backend = lambda: device.backend
-    planner = Planner(config, model, device, 1)
-    section = config.grpo if options.program == "update" else config.rollout
+    planner = Planner(config, model, device, count)
+    is_update = options.program == "update"
+    section = config.grpo if is_update else config.rollout
     size = section.images_at_once
     function, arguments = getattr(planner, f"{options.program}_program")(size)
-
-    def on_device(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
-
     # The update is such a program, which gives its gradient's memory away; the sampler calls one.
     compilable: Any = function if hasattr(function, "lower") else jax.jit(function)
-    lowered = compilable.lower(*jax.tree.map(on_device, arguments))
+    with use(mesh):
+        if is_update:  # each device sums up the gradient of its own images
+            zeros = jax.eval_shape(planner.learner.loss.zeros, planner.policy.trained)
+            sums = NamedSharding(mesh, PartitionSpec(AXES if planner.learner.loss.local else None))
+            gradient = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sums), zeros
+            )
+            rest = laid_out(arguments[1:], size, 2, mesh)
+            lowered = compilable.lower(gradient, *rest)
+        else:
+            lowered = compilable.lower(*laid_out(arguments, size, 2, mesh))
     compiled = lowered.compile(compiler_options=compiler_options)
     text = compiled.as_text() or ""
     if options.hlo:
         with open(options.hlo, "w", encoding="utf-8") as file:
             file.write(text)
     memory: Any = compiled.memory_analysis()
-    print(f"{options.program} of {size} images on {options.device}")
+    print(f"{options.program} of {size} images on {count} x {options.device}")
+    print(f"communication {collectives(text)}")
     print(f"arguments {memory.argument_size_in_bytes / 2**30:.3f} GiB")
     print(f"temporary {memory.temp_size_in_bytes / 2**30:.3f} GiB")
     with attention.planned_for(device.backend):
-        cost = getattr(planner, options.program)(size)
+        cost = getattr(planner, options.program)(size // count)
     print(f"temporary, as planned {device.slack * cost.peak / 2**30:.3f} GiB")
     if device.backend == "gpu":
         print(table(kernels(text), device))

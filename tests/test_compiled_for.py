@@ -3,7 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 from diffusion_grpo.devices import Device
 
@@ -84,3 +87,23 @@ def test_the_table_adds_a_kernels_own_time_to_its_roofline(script):
     lines = script.table([gemm, copy], device).splitlines()
     assert lines[-1].split() == ["all", "5", "0.003", "0.00", "15.00"]
     assert [line.split()[-1] for line in lines[1:-1]] == ["6.00", "9.00"]
+
+
+def test_communication_is_counted_by_kind(script):
+    text = """
+  %s = (f32[8], f32[8]) all-reduce-start(%a), to_apply=%add
+  %d = f32[8] all-reduce-done(%s)
+  %t = f32[] all-reduce(%b), to_apply=%add
+  ROOT %g = f32[8,4] all-gather(%c), dimensions={0}, metadata={op_name="all-to-all"}
+"""
+    assert script.collectives(text) == "1 all-gather, 2 all-reduce"
+    assert script.collectives(HLO) == "none"
+
+
+def test_images_are_divided_and_parameters_are_not(script):
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
+    shape = jax.ShapeDtypeStruct((3, 16, 8), jnp.float32)
+    weights, latents, scalar = script.laid_out((shape, shape, jnp.float32(1)), 16, 1, mesh)
+    assert weights.sharding.spec == PartitionSpec() and scalar.sharding.spec == PartitionSpec()
+    assert latents.sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+    assert latents.shape == shape.shape and latents.sharding.mesh == mesh

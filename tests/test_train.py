@@ -134,7 +134,7 @@ def test_a_checkpoint_written_by_diffusers_is_trained_and_loads_back(
     table = page.partition("| always | what |")[2].partition("\n\n")[0]
     listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")}
     there = {f"`{path.name}{'/' * path.is_dir()}`" for path in directory.iterdir()}
-    assert len(listed) == 11 and listed <= there
+    assert len(listed) == 12 and listed <= there
     assert there - listed <= {"`report.html`", "`tensorboard/`", "`.lock`"}
 
     # the exported pipeline: Diffusers loads it, and it is the same network but for what was trained
