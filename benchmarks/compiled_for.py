@@ -285,7 +285,8 @@ def main() -> None:
         # Triton's sizes of tiles are measured, cuBLAS is there anyway.
         compiler_options = {"xla_gpu_enable_triton_gemm": False} | program_cache.GPU_OPTIONS
     attention.backend = lambda: device.backend
-    planner = Planner(config, model, device, count)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what is computed is computed here
+        planner = Planner(config, model, device, count)
     is_update = options.program == "update"
     section = config.grpo if is_update else config.rollout
     size = section.images_at_once

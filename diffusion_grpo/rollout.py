@@ -7,6 +7,7 @@ parameters the two agree to the last bit and the ratio of new to old is exactly 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -60,9 +61,11 @@ class Trajectory(NamedTuple):
 def guided(unet_apply: UNetApply, guidance_scale: float) -> Denoiser:
     """Return the denoiser with classifier-free guidance, ε_u + s (ε_c − ε_u) (Ho & Salimans 2022).
 
-    The unconditional and the conditional half go through the UNet in one call, uncond first. Up to
-    guidance_scale 1 there is no guidance, as in Diffusers: the output is ε_c, and ε_u is not
-    computed. (Distilled models are meant to be drawn at 0.)
+    Both go through the UNet in one call: of each prompt first its images unconditionally, then the
+    same by the prompt. So those that are divided over devices stay there, where all unconditional
+    ones first would have half of them change places. Up to guidance_scale 1 there is no guidance,
+    as in Diffusers: the output is ε_c, and ε_u is not computed. (Distilled models are meant to be
+    drawn at 0.)
 
     Args:
         unet_apply: (sample, timesteps [B], conditioning) -> output.
@@ -80,20 +83,26 @@ def guided(unet_apply: UNetApply, guidance_scale: float) -> Denoiser:
         timesteps = jnp.broadcast_to(timestep, (batch,))
         if guidance_scale <= 1:
             return unet_apply(latents, timesteps, prompts).astype(jnp.float32)
+        leaves = jax.tree.leaves(prompts)
+        groups = leaves[0].shape[0] if leaves else 1
+        both = partial(_alternate, groups=groups)
         output = unet_apply(
-            jnp.concatenate([latents, latents]),
-            jnp.concatenate([timesteps, timesteps]),
-            jax.tree.map(_unconditional_first, negative, prompts),
+            both(latents, latents),
+            both(timesteps, timesteps),
+            jax.tree.map(lambda u, c: both(jnp.broadcast_to(u, c.shape), c), negative, prompts),
         ).astype(jnp.float32)
-        unconditional, conditional = output[:batch], output[batch:]
+        halves = output.reshape(groups, 2, -1, *latents.shape[1:])
+        unconditional, conditional = (halves[:, i].reshape(latents.shape) for i in (0, 1))
         return unconditional + guidance_scale * (conditional - unconditional)
 
     return denoise
 
 
-def _unconditional_first(negative: Array, prompts: Array) -> Array:
-    negative = jnp.broadcast_to(negative, prompts.shape).astype(prompts.dtype)
-    return jnp.concatenate([negative, prompts])
+def _alternate(first: Array, second: Array, groups: int) -> Array:
+    """Put equal groups of the rows of two arrays one after another, `[B, …]` twice to `[2B, …]`."""
+    shape = second.shape[1:]
+    parts = [x.astype(second.dtype).reshape(groups, -1, *shape) for x in (first, second)]
+    return jnp.concatenate(parts, axis=1).reshape(-1, *shape)
 
 
 def purpose_key(seed: int, purpose: Purpose) -> Key[Array, ""]:

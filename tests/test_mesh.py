@@ -154,6 +154,18 @@ def test_a_device_holds_each_network_once(checkpoint, tmp_path, changed):
     assert found["used"] <= found["live"] <= 1.02 * found["used"]
 
 
+def test_guidance_leaves_images_on_their_devices():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    said = subprocess.check_output(
+        [sys.executable, "tests/mesh_guidance.py"],
+        env=os.environ | {"XLA_FLAGS": flags},
+        cwd=Path(__file__).parents[1],
+        text=True,
+    )
+    found = json.loads(said.splitlines()[-1])
+    assert found["collectives"] == [] and found["error"] < 1e-5
+
+
 def test_parameters_are_divided_along_their_largest_axis():
     assert parameter_spec((3, 3, 320, 640), 4) == P(None, None, None, "fsdp")
     assert parameter_spec((3, 3, 640, 320), 4) == P(None, None, "fsdp")
