@@ -294,16 +294,16 @@ def main() -> None:
     # The update is such a program, which gives its gradient's memory away; the sampler calls one.
     compilable: Any = function if hasattr(function, "lower") else jax.jit(function)
     with use(mesh):
-        if is_update:  # each device sums up the gradient of its own images
+        if is_update and not planner.nft:  # each device sums up the gradient of its own images
             zeros = jax.eval_shape(planner.learner.loss.zeros, planner.policy.trained)
             sums = NamedSharding(mesh, PartitionSpec(AXES if planner.learner.loss.local else None))
             gradient = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sums), zeros
             )
-            rest = laid_out(arguments[1:], size, 2, mesh)
-            lowered = compilable.lower(gradient, *rest)
+            lowered = compilable.lower(gradient, *laid_out(arguments[1:], size, 2, mesh))
         else:
-            lowered = compilable.lower(*laid_out(arguments, size, 2, mesh))
+            parameters = 5 if is_update else 2
+            lowered = compilable.lower(*laid_out(arguments, size, parameters, mesh))
     compiled = lowered.compile(compiler_options=compiler_options)
     text = compiled.as_text() or ""
     if options.hlo:
