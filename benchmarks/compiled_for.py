@@ -270,6 +270,8 @@ def main() -> None:
     print(*notes, sep="\n")
 
     topology = topologies.get_topology_desc(**describe(options.device, count))
+    if count > len(topology.devices):
+        parser.error(f"there are {len(topology.devices)} of {options.device}, not {count}")
     mesh = Mesh(
         np.array(topology.devices[:count]).reshape(count, 1),
         AXES,

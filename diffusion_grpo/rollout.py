@@ -83,8 +83,7 @@ def guided(unet_apply: UNetApply, guidance_scale: float) -> Denoiser:
         timesteps = jnp.broadcast_to(timestep, (batch,))
         if guidance_scale <= 1:
             return unet_apply(latents, timesteps, prompts).astype(jnp.float32)
-        leaves = jax.tree.leaves(prompts)
-        groups = leaves[0].shape[0] if leaves else 1
+        groups = jax.tree.leaves(prompts)[0].shape[0]
         both = partial(_alternate, groups=groups)
         output = unet_apply(
             both(latents, latents),

@@ -148,8 +148,8 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     settings = config.reward_settings()
     starting("loading the rewards", quiet=quiet)
     gold_specs = config.gold_rewards()
-    before = read_record(directory) if resume else RewardRecord({}, {})
-    with named_by(origin), commits_kept(before.commits) as commits:
+    recorded = read_record(directory) if resume else RewardRecord({}, {})
+    with named_by(origin), commits_kept(recorded.commits) as commits:
         rewards = load_rewards(config.training_rewards(), **settings)
         gold = load_rewards(gold_specs, **settings) if gold_specs else None
     check_prompts(config, prompts, heldout, rewards, gold)
@@ -177,7 +177,7 @@ def _train(config: Config, *, resume: bool, quiet: bool, verbose: bool) -> Resul
     # The directory, and what a run before left there.
     notes = [*notes, *learner.notes]
     lock = open_directory(config, directory, notes, lists=lists, rewards=record, resume=resume)
-    notes += edited_rewards(before, record)
+    notes += edited_rewards(recorded, record)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep=config.run.keep_checkpoints, writes=leads()
     )

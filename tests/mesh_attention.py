@@ -3,7 +3,8 @@
 In a process of its own, since the number of devices is fixed as JAX starts. Pallas's interpreter
 for one device stands in for the TPU: its interpreter of several waits for more threads than there
 are. `kernels` counts those traced, `collectives` are those of the compiled programs, `errors` the
-largest differences of drawing and of a gradient by shards from plain attention.
+largest differences of drawing and of a gradient by shards from plain attention, `refused` what is
+said of rows that the devices do not divide.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas
 
+from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import AXES, by_rows, split_rows, use
 from diffusion_grpo.models.kernels import attend, of_one_shard
 
@@ -47,7 +49,7 @@ def main() -> None:
     expected = plain(q, k, v), of_each(jnp.float32(1.1), *parts)
 
     pallas.pallas_call = functools.partial(pallas.pallas_call, interpret=True)
-    errors, collectives, kernels = [], set(), []
+    errors, collectives, kernels, refused = [], set(), [], ""
     with use(mesh):
         q, k, v = by_rows((q, k, v))
         for run, right in zip(
@@ -61,7 +63,16 @@ def main() -> None:
             collectives |= set(re.findall(f"({kinds})[-a-z]*\\(", compiled.as_text()))
             found = compiled(q, k, v)
             errors.append(float(abs(jax.device_get(found) - jax.device_get(right)).max()))
-    found = {"kernels": kernels, "errors": errors, "collectives": sorted(collectives)}
+        try:
+            attend(q[:3], k[:3], v[:3])
+        except UsageError as error:
+            refused = str(error)
+    found = {
+        "refused": refused,
+        "kernels": kernels,
+        "errors": errors,
+        "collectives": sorted(collectives),
+    }
     print(json.dumps(found))
 
 

@@ -1,16 +1,11 @@
 """The choice of an attention implementation, and that ours computes attention."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from virtual_run import said_on
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.models.kernels import VARIABLE, attend, attention_implementation
@@ -78,16 +73,10 @@ def test_rows_that_tpus_do_not_divide_are_left_to_xla():
 
 
 def test_each_of_several_tpus_attends_from_its_own_rows():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    said = subprocess.check_output(
-        [sys.executable, "tests/mesh_attention.py"],
-        env=os.environ | {"XLA_FLAGS": flags, VARIABLE: "flash"},
-        cwd=Path(__file__).parents[1],
-        text=True,
-    )
-    found = json.loads(said.splitlines()[-1])
+    found = said_on(4, "mesh_attention.py", environment={VARIABLE: "flash"})
     assert min(found["kernels"]) >= 1 and found["collectives"] == []
     of_drawing, of_gradient = found["errors"]
+    assert "4 devices cannot divide 3 rows" in found["refused"]
     assert of_drawing < 2e-6 and of_gradient < 2e-3  # gradients are of about 1000
 
 

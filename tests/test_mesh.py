@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tiny_run import config, lasting
 from torch_checkpoints import TWO_LEVELS, write_pipeline
+from virtual_run import said_on
 
 from diffusion_grpo.errors import UsageError
 from diffusion_grpo.mesh import make_mesh, make_mesh_at_hand, parameter_spec, shard_order, take_rows
@@ -142,27 +143,13 @@ def test_an_adapters_update_sends_its_gradient_and_no_image(trained):
     ],
 )
 def test_a_device_holds_each_network_once(checkpoint, tmp_path, changed):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     words = [f"{name}={value}" for name, value in RUN.items()]
-    said = subprocess.check_output(
-        [sys.executable, "tests/mesh_memory.py", checkpoint, tmp_path, *words, *changed],
-        env=os.environ | {"XLA_FLAGS": flags},
-        cwd=Path(__file__).parents[1],
-        text=True,
-    )
-    found = json.loads(said.splitlines()[-1])
+    found = said_on(4, "mesh_memory.py", checkpoint, tmp_path, *words, *changed)
     assert found["used"] <= found["live"] <= 1.02 * found["used"]
 
 
 def test_guidance_leaves_images_on_their_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    said = subprocess.check_output(
-        [sys.executable, "tests/mesh_guidance.py"],
-        env=os.environ | {"XLA_FLAGS": flags},
-        cwd=Path(__file__).parents[1],
-        text=True,
-    )
-    found = json.loads(said.splitlines()[-1])
+    found = said_on(4, "mesh_guidance.py")
     assert found["collectives"] == [] and found["error"] < 1e-5
 
 
